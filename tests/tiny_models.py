@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion models, built from config with seeded weights and saved as diffusers folders.
+"""Tiny Stable Diffusion models: built from config, seeded, saved as diffusers folders.
 
 The architectures are the real ones at a fraction of the size: every module a test may ask for by
 name or by class is there (cross attention in down, mid and up blocks, resnets, samplers, SDXL's
@@ -40,7 +40,7 @@ def byte_alphabet() -> list[str]:
 
 
 def write_vocabulary(folder: Path) -> int:
-    """Write vocab.json and merges.txt in CLIP's layout ('!' is 0, end-of-text the last). Returns its size."""
+    """Write vocab.json and merges.txt as CLIP orders them: '!' first, end-of-text last."""
     letters = byte_alphabet()
     tokens = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
