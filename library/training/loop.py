@@ -1,0 +1,306 @@
+"""The loop: micro-batches to steps, steps to epochs, and what happens between them."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from library.optim.telemetry import optimizer_report
+from library.training.checkpoints import Checkpoints
+from library.training.data import Batch, TrainingData
+from library.training.errors import UserError
+from library.training.interrupt import Interrupt
+from library.training.network import Adapter
+from library.training.objective import Objective
+from library.training.options import Options
+from library.training.processes import average_gradients, gather, mean_over_processes
+from library.training.report import Report
+from library.training.sampling import Sampler, should_sample
+from library.training.state import (
+    Progress,
+    TrainingState,
+    random_state,
+    restore_random_state,
+)
+from library.training.validation import Validation
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(UserError):
+    """Loss, gradients or weights are NaN or infinite; the last good files are untouched."""
+
+
+@dataclass
+class Loop:
+    """One run: everything it uses, and where it stands (`progress`)."""
+
+    options: Options
+    accelerator: Accelerator
+    data: TrainingData
+    adapter: Adapter
+    objective: Objective
+    optimizer: Any  # torch.optim.Optimizer behind accelerate's wrapper
+    lr_scheduler: Any
+    report: Report
+    sampler: Sampler | None
+    validation: Validation | None
+    total_steps: int
+    total_epochs: int
+    progress: Progress = field(default_factory=Progress)
+    checkpoints: Checkpoints = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for group in self.adapter.groups for p in group["params"]]
+        # As many losses as an epoch has micro-batches: the moving average that stock shows.
+        self.recent = deque(self.progress.recent_losses, maxlen=self._batches)
+
+    @property
+    def _batches(self) -> int:
+        return self.data.steps_per_epoch(self.accelerator.num_processes)
+
+    def run(self, interrupt: Interrupt) -> None:
+        """Train from `progress` to `total_steps`, or to the end of the step that Ctrl-C hits."""
+        self.progress.batches_per_epoch = self._batches
+        self.progress.num_processes = self.accelerator.num_processes
+        if self.progress.step == 0 and self.options.sample_at_first:
+            self._sample(epoch=None)
+        self.adapter.network.train()
+        micro_losses: list[Tensor] = []
+        paths: list[str] = []
+        for epoch, index, batch in self._batches_from_here():
+            size = self._accumulated(index)
+            losses = self.objective(batch)
+            loss = losses.mean()
+            self.accelerator.backward(loss / size)
+            micro_losses.append(loss.detach())
+            paths.extend(batch.paths)
+            if (index + 1) % self.options.gradient_accumulation_steps and index + 1 < self._batches:
+                continue
+            self._step(torch.stack(micro_losses).mean(), paths)
+            micro_losses, paths = [], []
+            self._advance(epoch, index)
+            if self.progress.step >= self.total_steps or interrupt.requested:
+                break
+        self.report.flush()
+
+    def _batches_from_here(self) -> Iterator[tuple[int, int, Batch]]:
+        return iter(
+            self.data.loader(
+                self.options,
+                start=(self.progress.epoch, self.progress.index),
+                epochs=self.total_epochs,
+                process_index=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+            )
+        )
+
+    def _accumulated(self, index: int) -> int:
+        """How many micro-batches the step around `index` has; the last of an epoch may have fewer."""
+        accumulation = self.options.gradient_accumulation_steps
+        first = index - index % accumulation
+        return min(accumulation, self._batches - first)
+
+    def _step(self, loss: Tensor, paths: list[str]) -> None:
+        average_gradients(self.parameters, self.accelerator)
+        value = mean_over_processes(loss, self.accelerator).item()
+        step = self.progress.step + 1
+        self._stop_unless_finite(value, step, paths)
+        extras: dict[str, float] = {}
+        norm = self._clip_gradients()
+        if norm is not None:
+            self._stop_unless_finite(norm, step, paths)
+            extras["norm/gradient"] = norm
+        self._update(step, paths)
+        if self.options.scale_weight_norms:
+            keys, mean_norm, max_norm = self._scale_weight_norms()
+            extras |= {"max_norm/keys_scaled": keys, "max_norm/average": mean_norm}
+            extras |= {"max_norm/max": max_norm}
+        self.recent.append(value)
+        self.progress.step = step
+        self.report.step(
+            step=step,
+            epoch=self.progress.epoch + 1,
+            loss=value,
+            average=sum(self.recent) / len(self.recent),
+            lrs=self._learning_rates(),
+            extras=extras | optimizer_report(self._bare_optimizer),
+        )
+
+    def _update(self, step: int, paths: list[str]) -> None:
+        try:
+            self.optimizer.step()
+        except FloatingPointError as error:  # the optimizer's own guard; nothing was changed
+            raise NonFiniteError(self._non_finite_message(step, str(error), paths)) from error
+        if not self.optimizer.step_was_skipped:  # fp16: the scaler skips while it finds its scale
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _clip_gradients(self) -> float | None:
+        """The gradients' norm before clipping; None where nothing clips, to spare the pass."""
+        if not self.options.max_grad_norm:
+            return None
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+        return None if norm is None or self._scaler_finds_scale(norm) else norm.item()
+
+    def _scaler_finds_scale(self, norm: Tensor) -> bool:
+        # With a gradient scaler an overflow is expected now and then: the scaler skips that step.
+        return self.accelerator.scaler is not None and not bool(torch.isfinite(norm))
+
+    def _scale_weight_norms(self) -> tuple[float, float, float]:
+        network: Any = self.adapter.network
+        keys, mean_norm, max_norm = network.apply_max_norm_regularization(
+            self.options.scale_weight_norms, self.accelerator.device
+        )
+        return float(keys), float(mean_norm), float(max_norm)
+
+    def _advance(self, epoch: int, index: int) -> None:
+        """Move `progress` past the batch just trained on, and do what falls due there."""
+        ends_epoch = index + 1 == self._batches
+        self.progress.epoch = epoch + 1 if ends_epoch else epoch
+        self.progress.index = 0 if ends_epoch else index + 1
+        step = self.progress.step
+        if should_sample(self.options, None, step):
+            self._sample(epoch=None)
+        if self._validation_due(self.options.validate_every_n_steps, step):
+            self._validate(epoch + 1)
+        self._save(lambda: self.checkpoints.at_step(step, epoch + 1))
+        if not ends_epoch:
+            return
+        self.report.epoch_end(epoch + 1, sum(self.recent) / len(self.recent))
+        if self._validates_after_epoch(epoch + 1):
+            self._validate(epoch + 1)
+        self._save(lambda: self.checkpoints.at_epoch(step, epoch + 1))
+        if should_sample(self.options, epoch + 1, step):
+            self._sample(epoch=epoch + 1)
+
+    @staticmethod
+    def _validation_due(every: int | None, number: int) -> bool:
+        return bool(every) and number % (every or 1) == 0
+
+    def _validates_after_epoch(self, epoch: int) -> bool:
+        if self.options.validate_every_n_epochs is None:
+            return self.options.validate_every_n_steps is None
+        return self._validation_due(self.options.validate_every_n_epochs, epoch)
+
+    def _validate(self, epoch: int) -> None:
+        if self.validation is None:
+            return
+        with self._inference():
+            loss = self.validation.loss(self.objective)
+        self.report.validation(self.progress.step, epoch, loss)
+
+    def _sample(self, epoch: int | None) -> None:
+        if self.sampler is not None and self.accelerator.is_main_process:
+            with self._inference():
+                self.sampler.draw(epoch, self.progress.step)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, save: Any) -> None:
+        with self._inference():
+            save()
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Adapter and optimizer as they are for use, then back to training."""
+        self.adapter.network.eval()
+        with optimizer_evaluates(self._bare_optimizer):
+            yield
+        self.adapter.network.train()
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        bare: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return bare
+
+    def _learning_rates(self) -> dict[str, float]:
+        groups = self._bare_optimizer.param_groups
+        return {
+            label: float(group["lr"])
+            for label, group in zip(self.adapter.group_labels, groups, strict=True)
+        }
+
+    def _stop_unless_finite(self, value: float, step: int, paths: list[str]) -> None:
+        if value - value == 0:  # neither NaN nor infinite
+            return
+        bad = [name for name, p in self.adapter.network.named_parameters() if _bad(p)]
+        bad += [f"{name} (gradient)" for name, p in self._named() if _bad(p.grad)]
+        named = f"Not finite: {', '.join(bad[:5])}" + (f" and {len(bad) - 5} more" * (len(bad) > 5))
+        raise NonFiniteError(self._non_finite_message(step, named if bad else "", paths))
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.adapter.network.named_parameters()
+
+    def _non_finite_message(self, step: int, detail: str, paths: list[str]) -> str:
+        shown = ", ".join(dict.fromkeys(paths))
+        return (
+            f"Training stopped at step {step}: loss or gradients are NaN or infinite. {detail}\n"
+            f"Pictures of the batch: {shown}\n"
+            "Nothing was saved after the last good file. What helps: a lower --learning_rate, "
+            "--no_half_vae with an fp16 model, --mixed_precision bf16 instead of fp16, or leaving "
+            "out the pictures named here."
+        )
+
+    def state(self) -> TrainingState:
+        """Everything needed to go on from here, bit for bit. Every process must call it."""
+        self.progress.recent_losses = list(self.recent)
+        self.progress.history = self.report.history
+        scaler = self.accelerator.scaler
+        entries: Any = gather(random_state(), self.accelerator)
+        return TrainingState(
+            progress=self.progress,
+            network=dict(self.adapter.network.state_dict()),
+            optimizer=self._bare_optimizer.state_dict(),
+            lr_scheduler=self.lr_scheduler.state_dict(),
+            scaler=scaler.state_dict() if scaler is not None else {},
+            random=entries,
+        )
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on from `state`: weights, optimizer, schedule, generators and position."""
+        self.adapter.network.load_state_dict(state.network)
+        self._bare_optimizer.load_state_dict(state.optimizer)
+        self.lr_scheduler.load_state_dict(state.lr_scheduler)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        if len(state.random) == self.accelerator.num_processes:
+            restore_random_state(state.random[self.accelerator.process_index])
+        self.progress = state.progress
+        self.recent = deque(state.progress.recent_losses, maxlen=self._batches)
+        self.report.restore(state.progress.history)
+        self._check_same_data()
+
+    def _check_same_data(self) -> None:
+        before = (self.progress.batches_per_epoch, self.progress.num_processes)
+        now = (self._batches, self.accelerator.num_processes)
+        if before != now and self.progress.index:
+            log.warning(
+                "the state was saved with %d batches an epoch on %d process(es), now there are "
+                "%d on %d: epoch %d starts anew",
+                *(*before, *now, self.progress.epoch + 1),
+            )
+            self.progress.index = 0
+
+
+def _bad(tensor: Tensor | None) -> bool:
+    return tensor is not None and not bool(torch.isfinite(tensor).all())
+
+
+@contextmanager
+def optimizer_evaluates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Schedule-free optimizers keep other weights for use than for training."""
+    if not (hasattr(optimizer, "train") and hasattr(optimizer, "eval")):
+        with nullcontext():
+            yield
+        return
+    optimizer.eval()
+    yield
+    optimizer.train()

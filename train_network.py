@@ -1,0 +1,20 @@
+"""Train an adapter for Stable Diffusion 1.x or 2.x: `python train_network.py --help`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from library.training.command import run_command
+from library.training.options import setup_parser
+from library.training.trainer import NetworkTrainer
+
+__all__ = ["NetworkTrainer", "main", "setup_parser"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(argv, sdxl=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
