@@ -1,0 +1,142 @@
+"""The options: the same command line as stock's, and answers to mistakes in it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from library.training.errors import UserError
+from library.training.options import OPTIONS, Options, setup_parser
+from library.training.options.fields import int_or_float
+
+STOCK = json.loads(
+    (Path(__file__).parent / "data" / "stock_train_network_options.json").read_text("utf-8")
+)
+EXTRAS = {
+    "skip_broken_images",
+    "cache_text_encoder_outputs",
+    "cache_text_encoder_outputs_to_disk",
+    "disable_mmap_load_safetensors",
+}
+ACTIONS = {string: action for action in setup_parser()._actions for string in action.option_strings}
+
+
+@pytest.mark.parametrize("stock", STOCK, ids=lambda stock: stock["options"][0])
+def test_option_is_stocks(stock: dict) -> None:
+    action = ACTIONS[stock["options"][0]]
+    kind = "flag" if isinstance(action, argparse._StoreTrueAction) else action.type.__name__
+    assert action.option_strings == stock["options"]
+    assert kind == stock["kind"]
+    assert action.nargs == stock["nargs"]
+    assert action.default == stock["default"]
+    assert type(action.default) is type(stock["default"])
+    assert action.choices == stock["choices"]
+
+
+def test_nothing_but_stocks_options_and_ours() -> None:
+    names = {stock["options"][0].removeprefix("--") for stock in STOCK}
+    assert len(names) == 193
+    assert OPTIONS.keys() - names == EXTRAS
+
+
+def test_fields_parser_and_table_agree() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(Options)}
+    parsed = vars(setup_parser().parse_args([]))
+    assert fields == parsed == {name: option.default for name, option in OPTIONS.items()}
+
+
+def test_help_says_something_of_its_own_about_each_option() -> None:
+    texts = [option.help for option in OPTIONS.values()]
+    assert all(8 <= len(text) <= 200 for text in texts)
+    assert len(set(texts)) == len(texts)
+    shown = setup_parser().format_help()
+    assert all(option.flag in shown for option in OPTIONS.values())
+
+
+def test_every_kind_of_value_is_parsed() -> None:
+    words = "--network_dim 8 --network_alpha 4 --cache_latents --optimizer_args a=1 b=2"
+    words += " --text_encoder_lr 1e-4 2e-4 --dataset_config data.toml --lr_warmup_steps 5%"
+    parsed = setup_parser().parse_args(words.split())
+    assert (parsed.network_dim, parsed.network_alpha, parsed.cache_latents) == (8, 4.0, True)
+    assert parsed.optimizer_args == ["a=1", "b=2"]
+    assert parsed.text_encoder_lr == [1e-4, 2e-4]
+    assert parsed.dataset_config == Path("data.toml")
+    assert parsed.lr_warmup_steps == pytest.approx(0.05)
+
+
+def test_abbreviations_work_as_in_stock() -> None:
+    assert setup_parser().parse_args(["--network_di", "8"]).network_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("500", 500), ("0.05", 0.05), ("5%", 0.05), ("0", 0.0), ("100.0", 100), ("1", 1)],
+)
+def test_steps_and_ratios(word: str, value: float) -> None:
+    assert int_or_float(word) == pytest.approx(value)
+    assert type(int_or_float(word)) is type(value)
+
+
+@pytest.mark.parametrize("word", ["1.5", "many", "x%", ""])
+def test_what_is_neither_steps_nor_ratio(word: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        int_or_float(word)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("--lerning_rate 1e-4", "--lerning_rate is not an option. Did you mean --learning_rate?"),
+        ("--network-dims=4", "--network-dims is not an option. Did you mean --network_dim?"),
+        ("--qqq", "--qqq is not an option. --help lists all options."),
+        ("my pictures", "'my' belongs to no option"),
+        ("--network_dim four", "--network_dim: invalid int value: 'four'"),
+        ("--network_dim", "--network_dim: expected one argument"),
+        ("--lr_warmup_steps soon", "--lr_warmup_steps: 'soon' is neither"),
+        ("--loss_type l3", "--loss_type l3: choose one of l1, l2, huber, smooth_l1."),
+        ("--loss_type fourier", "--loss_type fourier: the Fourier feature loss compares images"),
+        ("--max_token_length 75", "--max_token_length 75: 75 is what you get without"),
+        ("--network_d 4", "ambiguous option: --network_d could match"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(words: str, answer: str) -> None:
+    with pytest.raises(UserError) as caught:
+        setup_parser().parse_args(words.split())
+    assert str(caught.value).startswith(answer) or answer in str(caught.value).splitlines()[1]
+
+
+def test_all_unknown_options_are_named_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        setup_parser().parse_args(["--lerning_rate", "1", "--unet_lrr", "2"])
+    assert "--learning_rate?" in str(caught.value)
+    assert "--unet_lr?" in str(caught.value)
+
+
+def test_a_stock_namespace_becomes_options() -> None:
+    stock = argparse.Namespace(
+        network_dim=8,
+        dataset_config=Path("data.toml"),
+        resolution=(512, 768),
+        text_encoder_lr=1e-4,
+        my_own=3,
+    )
+    options = Options.from_namespace(stock)
+    assert options.network_dim == 8
+    assert options.dataset_config == "data.toml"
+    assert options.resolution == "512,768"
+    assert options.text_encoder_lr == [1e-4]
+    assert options.learning_rate == 2e-6  # a default the namespace lacks
+    assert options.my_own == 3  # type: ignore[attr-defined]
+    assert options.given >= {"network_dim", "my_own"}
+    assert "learning_rate" not in options.given
+
+
+def test_changed_options_leave_the_original_alone() -> None:
+    options = Options.from_values({"network_dim": 8}, notes=["a note"])
+    other = options.changed({"network_dim": 4})
+    assert (options.network_dim, other.network_dim) == (8, 4)
+    assert (other.given, other.notes) == (options.given, options.notes)
