@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 Kind = Literal["sd1", "sd2", "sdxl"]
 
 TEXT_WIDTH = 32
+SECOND_TEXT_WIDTH = 48
 TEXT_LAYERS = 3
 # A few words that are one token each; all else is spelled out, one token a letter.
 WHOLE_WORDS = ("red", "cat", "icon")
@@ -72,16 +73,16 @@ def build_tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
 
 
 def build_text_encoder(
-    vocabulary: int, activation: str, projection: bool = False, layers: int = TEXT_LAYERS
+    vocabulary: int, activation: str, width: int = TEXT_WIDTH, projection: bool = False
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         vocab_size=vocabulary,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=TEXT_LAYERS,
         num_attention_heads=4,
         max_position_embeddings=77,
-        projection_dim=TEXT_WIDTH,
+        projection_dim=width,
         hidden_act=activation,
         bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1,
@@ -114,10 +115,10 @@ def build_unet(kind: Kind) -> UNet2DConditionModel:
             "attention_head_dim": (4, 8),
             "use_linear_projection": True,
             "transformer_layers_per_block": (1, 2),
-            "cross_attention_dim": 2 * TEXT_WIDTH,
+            "cross_attention_dim": TEXT_WIDTH + SECOND_TEXT_WIDTH,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + TEXT_WIDTH,
+            "projection_class_embeddings_input_dim": 6 * 8 + SECOND_TEXT_WIDTH,
         }
     return UNet2DConditionModel(**figures)
 
@@ -162,7 +163,9 @@ def build_pipeline(
             ),
         }
         if kind == "sdxl":
-            parts["text_encoder_2"] = build_text_encoder(len(tokenizer), "gelu", projection=True)
+            parts["text_encoder_2"] = build_text_encoder(
+                len(tokenizer), "gelu", SECOND_TEXT_WIDTH, projection=True
+            )
             parts["tokenizer_2"] = build_tokenizer(folder / "tokenizer_2", "!")
             return StableDiffusionXLPipeline(**parts, add_watermarker=False)
     return StableDiffusionPipeline(
