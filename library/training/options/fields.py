@@ -82,7 +82,7 @@ class Option:
 
     def choice_problem(self, value: Any) -> str | None:
         """Why `value` cannot be chosen, with the nearest or all of the possible values."""
-        if self.choices is None or value in self.choices:
+        if self.choices is None or value == self.default or value in self.choices:
             return None
         if value in self.explain:
             return f"{self.show(value)}: {self.explain[value]}"
