@@ -14,8 +14,8 @@ from library.training.options import Options
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_accelerator(options: Options, trackers: list[str]) -> Accelerator:
-    """Accelerate's view of this process; `trackers` are the names it shall log to."""
+def make_accelerator(options: Options) -> Accelerator:
+    """Accelerate's view of this process."""
     handlers = []
     if options.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
@@ -28,8 +28,6 @@ def make_accelerator(options: Options, trackers: list[str]) -> Accelerator:
         # Accumulation is the loop's: it knows how many batches the last step of an epoch has.
         gradient_accumulation_steps=1,
         mixed_precision=options.mixed_precision,
-        log_with=trackers or None,
-        project_dir=options.logging_dir,
         kwargs_handlers=handlers or None,
     )
 

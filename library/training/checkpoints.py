@@ -31,13 +31,17 @@ def save_precision(options: Options) -> torch.dtype | None:
 
 @dataclass
 class Checkpoints:
-    """Saves the adapter (`state_dict`, `metadata`) and the state (`save_state`) of one run."""
+    """Saves the adapter (`state_dict`, `metadata`) and the state (`save_state`) of one run.
+
+    Every process calls it, since collecting a state takes all of them; `is_main` writes.
+    """
 
     options: Options
     state_dict: Callable[[torch.dtype | None], dict[str, torch.Tensor]]
     metadata: Callable[[int, int], dict[str, str]]  # of (steps, epoch)
     save_state: Callable[[Path], object]
     total_epochs: int
+    is_main: bool = True
 
     @property
     def folder(self) -> Path:
@@ -81,9 +85,11 @@ class Checkpoints:
 
     def adapter(self, name: str, step: int, epoch: int) -> Path:
         """Write the adapter file `name`; weights that are not finite are never written."""
+        path = self.folder / (name + self.suffix)
+        if not self.is_main:
+            return path
         tensors = self.state_dict(save_precision(self.options))
         bad = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
-        path = self.folder / (name + self.suffix)
         if bad:
             raise UserError(
                 f"{path} was not written: {len(bad)} of its {len(tensors)} tensors hold NaN or inf "
@@ -124,15 +130,14 @@ class Checkpoints:
     def _epoch_state(self, epoch: int) -> Path:
         return self.folder / f"{self._name}-{epoch:06d}-state"
 
-    @staticmethod
     def _remove_older(
-        current: int, every: int, keep: int | None, path_of: Callable[[int], Path]
+        self, current: int, every: int, keep: int | None, path_of: Callable[[int], Path]
     ) -> None:
         """Remove the one save that is now more than `keep` steps (or epochs) older than `current`.
 
         Only that one: files of an earlier run under the same name are the user's.
         """
-        if keep is None:
+        if keep is None or not self.is_main:
             return
         number = (current - keep - 1) // every * every
         path = path_of(number)

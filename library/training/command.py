@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from library.training.config import parse
+from library.training.cpu_processes import start_processes_asked_for
 from library.training.errors import UserError
 
 USER_ERROR = 2
@@ -20,6 +21,8 @@ def run_command(argv: Sequence[str] | None, sdxl: bool) -> int:
     """
     try:
         options = parse(argv)
+        if argv is None:
+            start_processes_asked_for(sys.argv)
         # Only now, so that a misspelt option is answered at once: torch takes seconds to import.
         from library.training.trainer import NetworkTrainer, SdxlNetworkTrainer
 

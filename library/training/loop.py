@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from library.training.state import (
     TrainingState,
     random_state,
     restore_random_state,
+    save_state,
 )
 from library.training.validation import Validation
 
@@ -71,7 +73,7 @@ class Loop:
         """Train from `progress` to `total_steps`, or to the end of the step that Ctrl-C hits."""
         self.progress.batches_per_epoch = self._batches
         self.progress.num_processes = self.accelerator.num_processes
-        if self.progress.step == 0 and self.options.sample_at_first:
+        if should_sample(self.options, None, 0) and self.progress.step == 0:
             self._sample(epoch=None)
         self.adapter.network.train()
         micro_losses: list[Tensor] = []
@@ -85,10 +87,10 @@ class Loop:
             paths.extend(batch.paths)
             if (index + 1) % self.options.gradient_accumulation_steps and index + 1 < self._batches:
                 continue
-            self._step(torch.stack(micro_losses).mean(), paths)
+            stops = self._step(torch.stack(micro_losses).mean(), paths, interrupt.requested)
             micro_losses, paths = [], []
             self._advance(epoch, index)
-            if self.progress.step >= self.total_steps or interrupt.requested:
+            if self.progress.step >= self.total_steps or stops:
                 break
         self.report.flush()
 
@@ -109,9 +111,11 @@ class Loop:
         first = index - index % accumulation
         return min(accumulation, self._batches - first)
 
-    def _step(self, loss: Tensor, paths: list[str]) -> None:
+    def _step(self, loss: Tensor, paths: list[str], stops: bool) -> bool:
+        """One optimizer step. Whether to stop is decided together: one process may hear Ctrl-C."""
         average_gradients(self.parameters, self.accelerator)
-        value = mean_over_processes(loss, self.accelerator).item()
+        shared = torch.stack([loss, loss.new_tensor(float(stops))])
+        value, stopping = mean_over_processes(shared, self.accelerator).tolist()
         step = self.progress.step + 1
         self._stop_unless_finite(value, step, paths)
         extras: dict[str, float] = {}
@@ -134,6 +138,7 @@ class Loop:
             lrs=self._learning_rates(),
             extras=extras | optimizer_report(self._bare_optimizer),
         )
+        return stopping > 0
 
     def _update(self, step: int, paths: list[str]) -> None:
         try:
@@ -263,6 +268,14 @@ class Loop:
             scaler=scaler.state_dict() if scaler is not None else {},
             random=entries,
         )
+
+    def write_state(self, path: Path) -> None:
+        """Write the state as the folder `path`. Every process must call it; the first writes."""
+        state = self.state()
+        if self.accelerator.is_main_process:
+            save_state(path, state)
+            log.info("saved %s", path)
+        self.accelerator.wait_for_everyone()
 
     def restore(self, state: TrainingState) -> None:
         """Go on from `state`: weights, optimizer, schedule, generators and position."""

@@ -40,7 +40,7 @@ def broadcast_parameters(parameters: Sequence[nn.Parameter], accelerator: Accele
 
 
 def mean_over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:
-    """The mean of a scalar over the processes."""
+    """The mean of a tensor over the processes."""
     if accelerator.num_processes == 1:
         return value
     averaged: Tensor = reduce(value.detach().clone(), "mean")

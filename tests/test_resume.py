@@ -1,0 +1,85 @@
+"""Interrupted runs go on exactly: kill -9, Ctrl-C, and a resume in the middle of an epoch."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, command, environment, same_weights, train, write_dataset
+from safetensors.torch import load_file
+
+from library.training.state import check_state
+
+pytestmark = pytest.mark.slow
+
+NETWORKS = {
+    "lora": {"network_module": "networks.lora", "network_args": ["rank_dropout=0.1"]},
+    "lokr": {"network_module": "networks.lokr", "network_args": ["factor=4"]},
+}
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it was interrupted"
+        assert time.monotonic() < deadline, f"{path} was never written"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_forty_steps_equal_twenty_a_kill_and_twenty(tmp_path: Path, network: str) -> None:
+    # 7 pictures in batches of 2 make epochs of 4: step 18 lies inside one, and 20 ends one.
+    options = dict(
+        **NETWORKS[network],
+        dataset_config=write_dataset(tmp_path / "data", extra="shuffle_caption = true"),
+        caption_dropout_rate=0.2,
+        lr_scheduler="cosine",
+        max_train_steps=40,
+        save_every_n_steps=18,
+        save_state=True,
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(output_dir=whole, **options)
+    process = subprocess.Popen(
+        command(output_dir=parts, **options), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+    )
+    state = parts / "short-step00000018-state"
+    wait_for(state, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (parts / "short.safetensors").exists()
+    assert check_state(state) == []
+    train(output_dir=parts, resume=state, **options)
+    assert same_weights(whole / "short.safetensors", parts / "short.safetensors")
+    start = load_file(parts / "short-step00000018.safetensors")
+    end = load_file(parts / "short.safetensors")
+    assert any(not start[name].equal(end[name]) for name in start)
+
+
+def test_ctrl_c_saves_and_ends(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        command(
+            dataset_config=write_dataset(tmp_path / "data"),
+            output_dir=output,
+            max_train_steps=100000,
+            save_every_n_steps=2,
+            save_last_n_steps=2,
+            save_state_on_train_end=True,
+        ),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(output / "short-step00000002.safetensors", process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert load_file(output / "short.safetensors")
+    assert check_state(output / "short-state") == []
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
