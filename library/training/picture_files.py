@@ -1,0 +1,144 @@
+"""Finding picture files, and telling sound ones from broken ones without decoding them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from PIL import Image, UnidentifiedImageError, features
+
+# Opening files is mostly waiting, on network drives above all.
+_THREADS = 16
+_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_ORIENTATION = 0x0112
+
+
+def _extensions() -> tuple[str, ...]:
+    """Stock's extensions; .avif and .jxl where Pillow or a plugin of it can read them."""
+    found = [".png", ".jpg", ".jpeg", ".webp", ".bmp"]
+    if features.check("avif"):
+        found.append(".avif")
+    if importlib.util.find_spec("pillow_jxl") is not None:
+        importlib.import_module("pillow_jxl")  # registers itself with Pillow
+        found.append(".jxl")
+    return tuple(found)
+
+
+EXTENSIONS = _extensions()
+
+
+class BrokenPicture(Exception):
+    """A file that has a picture's name and cannot be read as one; the message says why."""
+
+
+@dataclass(frozen=True)
+class PictureInfo:
+    """What the header of a picture says."""
+
+    size: tuple[int, int]  # (width, height), the right way up
+    has_alpha: bool
+
+
+def find_pictures(folder: str) -> list[str]:
+    """The picture files directly in `folder`, in the order of their names."""
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.path
+            for entry in entries
+            if entry.name.lower().endswith(EXTENSIONS)
+            and not entry.name.startswith(".")  # macOS keeps ._name.jpg beside name.jpg
+            and entry.is_file()
+        )
+
+
+def inspect_all(paths: Iterable[str]) -> dict[str, PictureInfo | BrokenPicture]:
+    """What `inspect` says of each file: its header, or why it is broken."""
+
+    def attempt(path: str) -> PictureInfo | BrokenPicture:
+        try:
+            return inspect(path)
+        except BrokenPicture as reason:
+            return reason
+
+    every = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(every, pool.map(attempt, every), strict=True))
+
+
+def inspect(path: str) -> PictureInfo:
+    """The header of a picture; BrokenPicture if the file is not a whole, readable picture.
+
+    The end of the file tells whether a PNG, JPEG, WebP or BMP is complete. Only files whose end is
+    not as it should be, and other formats, are decoded to be sure.
+    """
+    try:
+        if os.path.getsize(path) == 0:
+            raise BrokenPicture("is empty (0 bytes)")
+        with Image.open(path) as image:
+            if min(image.size) < 1:
+                raise BrokenPicture("has no pixels")
+            width, height = image.size
+            if image.getexif().get(_ORIENTATION) in _ROTATED:
+                width, height = height, width
+            has_alpha = image.has_transparency_data
+            if not _ends_well(path, image.format):
+                image.load()
+            return PictureInfo((width, height), has_alpha)
+    except UnidentifiedImageError:
+        raise BrokenPicture(f"is not a picture: it is {_describe(path)}") from None
+    except Image.DecompressionBombError as error:
+        raise BrokenPicture(f"is too large to be opened safely: {error}") from None
+    except FileNotFoundError:
+        raise BrokenPicture("does not exist") from None
+    except PermissionError:
+        raise BrokenPicture("may not be read: check its permissions") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
+        raise BrokenPicture(f"is damaged or incomplete: {error}") from None
+
+
+def stamp(path: str) -> str:
+    """Changes when the file is written anew: its length and time, which need no reading."""
+    status = os.stat(path)
+    return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def _ends_well(path: str, kind: str | None) -> bool:
+    """Whether the file ends as complete files of this kind do."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 12))
+        tail = file.read()
+    if kind == "PNG":
+        return tail[4:8] == b"IEND"
+    if kind == "JPEG":
+        return tail.rstrip(b"\0").endswith(b"\xff\xd9")
+    if kind == "WEBP":
+        return size >= int.from_bytes(head[4:8], "little") + 8
+    if kind == "BMP":
+        return size >= int.from_bytes(head[2:6], "little") > 0
+    return False
+
+
+def _describe(path: str) -> str:
+    """What a file that is no picture seems to be, from its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"avif"):
+        return "a HEIC or AVIF picture, which Pillow cannot read here; save it as PNG or JPEG"
+    start = head.lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "a web page, as a failed download leaves it"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; `git lfs pull` fetches the picture"
+    if b"\0" not in head:
+        try:
+            head[:256].decode("utf-8", errors="strict")
+        except UnicodeDecodeError:
+            return "of an unknown format"
+        return "a text file"
+    return "of an unknown format"
