@@ -50,8 +50,8 @@ def encode_prompts(
     """Embed prompts to draw from, positive and negative ones in one call.
 
     All get as many chunks as the longest needs (three at most), so that they can be guided against
-    one another. Weights always count; for SD 1.x and 2.x, as in stock's samples, the embedding is
-    then scaled back to the mean it had without them.
+    one another. Weights always count, in the way they do in training: embeddings are multiplied and
+    not scaled back to their former mean, which may be near 0.
     """
     longest = max(
         len(tokens)
@@ -60,7 +60,7 @@ def encode_prompts(
         for tokens, _ in [_weighted_tokens(tokenizer, prompt, True)]
     )
     chunks = min(MAX_CHUNKS, max(1, -(-longest // TEXT_TOKENS)))
-    return _encode(model, prompts, options, chunks, True, keep_mean=model.kind != "sdxl")
+    return _encode(model, prompts, options, chunks, weighted=True)
 
 
 class TextEncoding:
@@ -120,7 +120,6 @@ def _encode(
     options: Options,
     chunks: int,
     weighted: bool,
-    keep_mean: bool = False,
 ) -> TextEmbeddings:
     contexts: list[Tensor] = []
     pooled: Tensor | None = None
@@ -133,7 +132,7 @@ def _encode(
         states = _chosen_layer(output, text_encoder, model.kind, options.clip_skip)
         states = _join_chunks(states.unflatten(0, tokens.shape[:2]))
         if weighted:
-            states = _apply_weights(states, weights.to(states.device, states.dtype), keep_mean)
+            states = _apply_weights(states, weights.to(states.device, states.dtype))
         contexts.append(states)
         text_embeds = getattr(output, "text_embeds", None)
         if text_embeds is not None:
@@ -214,12 +213,7 @@ def _join_chunks(states: Tensor) -> Tensor:
     return torch.cat([start, states[:, :, 1:-1].flatten(1, 2), end], dim=1)
 
 
-def _apply_weights(states: Tensor, weights: Tensor, keep_mean: bool) -> Tensor:
+def _apply_weights(states: Tensor, weights: Tensor) -> Tensor:
     """Multiply the embeddings [B, T, D] of the text's tokens by their weights [B, T−2]."""
     ones = weights.new_ones(len(weights), 1)
-    weighted = states * torch.cat([ones, weights, ones], dim=1).unsqueeze(-1)
-    if not keep_mean:
-        return weighted
-    before = states.float().mean(dim=(1, 2), keepdim=True)
-    after = weighted.float().mean(dim=(1, 2), keepdim=True)
-    return weighted * (before / after).to(weighted.dtype)
+    return states * torch.cat([ones, weights, ones], dim=1).unsqueeze(-1)
