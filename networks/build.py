@@ -1,0 +1,195 @@
+"""Networks from arguments: an adapter for every layer that is selected."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from lycoris.modules.base import LycorisBaseModule
+from lycoris.modules.norms import NormModule
+from lycoris.wrapper import network_module_dict
+from torch import Tensor, nn
+
+from library.training.errors import UserError
+from networks.arguments import LORA_PLUS, NetworkArguments, read_arguments
+from networks.blocks import LR_WEIGHTS, BlockPlan, block_index, lr_weights_plan, plan_blocks
+from networks.layers import UNET_PREFIX, TextEncoders, as_list, is_sdxl, selected_layers
+from networks.modules import OUR_CLASSES, finish
+from networks.network import AdapterNetwork
+from networks.presets import Selection, preset_selection, stock_selection
+from networks.weights import adapters_from_weights, read_weights
+
+log = logging.getLogger(__name__)
+
+MODULE_CLASSES: dict[str, type[LycorisBaseModule]] = network_module_dict | OUR_CLASSES
+
+
+def new_network(
+    module: str,
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module,
+    neuron_dropout: float | None,
+    raw: Mapping[str, Any],
+) -> AdapterNetwork:
+    """The network that `module` (such as `networks.lora`) makes; nothing is applied yet.
+
+    Needs no weights of the model (they may be on the meta device), except for DoRA and `algo=full`.
+    """
+    arguments = read_arguments(module, network_dim, network_alpha, neuron_dropout, raw)
+    if module == "networks.kohya":
+        selection = preset_selection(arguments.get("preset") or "full")
+    else:
+        by_block = "conv_block_dims" in arguments.options
+        selection = stock_selection(arguments.conv_dim is not None or by_block)
+    plan = plan_blocks(
+        arguments.options,
+        is_sdxl(unet),
+        arguments.dim,
+        arguments.alpha,
+        arguments.conv_dim,
+        arguments.conv_alpha,
+    )
+    adapters = [
+        _adapter(name, layer, config, arguments, selection, plan, multiplier)
+        for name, layer, config in selected_layers(selection, as_list(text_encoder), unet)
+    ]
+    made = [adapter for adapter in adapters if adapter is not None]
+    if not made:
+        raise UserError(
+            "the network has no layer to train: no part of the model is what the preset, the ranks "
+            "and the block-wise keys in --network_args ask for."
+        )
+    return _network(made, multiplier, plan, arguments)
+
+
+def network_from_weights(
+    module: str,
+    multiplier: float,
+    file: str | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module,
+    weights: dict[str, Tensor] | None,
+    raw: Mapping[str, Any],
+) -> tuple[AdapterNetwork, dict[str, Tensor]]:
+    """The network that a file holds, and the file's tensors; nothing is applied yet.
+
+    Algorithms, layers, ranks and alphas are the file's; among `raw` the dropouts and the
+    learning-rate keys act.
+    """
+    arguments = read_arguments(module, None, None, None, raw)
+    acting = {"dropout", "rank_dropout", "module_dropout", *LORA_PLUS, *LR_WEIGHTS}
+    ignored = sorted(arguments.options.keys() - acting)
+    if ignored:
+        log.warning("--network_args %s: the file decides", ", ".join(ignored))
+    if weights is None:
+        weights = read_weights(file or "")
+    adapters = adapters_from_weights(
+        weights,
+        as_list(text_encoder),
+        unet,
+        file or "the weights",
+        multiplier,
+        arguments.dropout,
+        rank_dropout=arguments.get("rank_dropout"),
+        module_dropout=arguments.get("module_dropout"),
+    )
+    plan = lr_weights_plan(arguments.options, is_sdxl(unet))
+    return _network(adapters, multiplier, plan, arguments), weights
+
+
+def _network(
+    adapters: list[LycorisBaseModule],
+    multiplier: float,
+    plan: BlockPlan | None,
+    arguments: NetworkArguments,
+) -> AdapterNetwork:
+    network = AdapterNetwork(adapters, multiplier, plan)
+    network.set_loraplus_lr_ratio(
+        arguments.get("loraplus_lr_ratio"),
+        arguments.get("loraplus_unet_lr_ratio"),
+        arguments.get("loraplus_text_encoder_lr_ratio"),
+    )
+    log.info(
+        "network: %d UNet and %d text encoder modules",
+        len(network.unet_loras),
+        len(network.text_encoder_loras),
+    )
+    return network
+
+
+def _adapter(
+    name: str,
+    layer: nn.Module,
+    config: dict[str, Any],
+    arguments: NetworkArguments,
+    selection: Selection,
+    plan: BlockPlan | None,
+    multiplier: float,
+) -> LycorisBaseModule | None:
+    """The adapter of one layer, or None if the layer is of no kind that gets one."""
+    if isinstance(layer, nn.LayerNorm | nn.GroupNorm):
+        if not arguments.get("train_norm"):
+            return None
+        norm = NormModule(name, layer, multiplier, module_dropout=arguments.get("module_dropout"))
+        return finish(norm)
+    size = _rank_and_alpha(name, layer, arguments, selection, plan)
+    dim = config.pop("dim", None) or size[0]
+    if dim is None:
+        return None
+    adapter_class = MODULE_CLASSES[config.pop("algo", arguments.algorithm)]
+    adapter = adapter_class(
+        name,
+        layer,
+        multiplier,
+        dim,
+        config.pop("alpha", None) or size[1],
+        rank_dropout=arguments.get("rank_dropout"),
+        module_dropout=arguments.get("module_dropout"),
+        **_constructor_keys(arguments) | config,
+    )
+    return finish(adapter, arguments.dropout)
+
+
+def _rank_and_alpha(
+    name: str,
+    layer: nn.Module,
+    arguments: NetworkArguments,
+    selection: Selection,
+    plan: BlockPlan | None,
+) -> tuple[int | None, float]:
+    """Rank and alpha of a linear layer or a convolution; no rank for anything left out."""
+    small = isinstance(layer, nn.Linear) or (
+        isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
+    )
+    if not small and not (isinstance(layer, nn.Conv2d) and selection.convolutions):
+        return None, 0.0
+    if plan is None or not name.startswith(UNET_PREFIX):
+        if small:
+            return arguments.dim, arguments.alpha
+        return arguments.conv_dim, arguments.conv_alpha
+    dims, alphas = (plan.dims, plan.alphas) if small else (plan.conv_dims, plan.conv_alphas)
+    if dims is None or alphas is None:
+        return None, 0.0
+    block = block_index(name, plan.sdxl)
+    return dims[block] or None, alphas[block]
+
+
+def _constructor_keys(arguments: NetworkArguments) -> dict[str, Any]:
+    """What the modules' constructors call our keys; each takes those that it knows."""
+    return {
+        "use_tucker": arguments.get("use_tucker"),
+        "use_scalar": arguments.get("use_scalar"),
+        "weight_decompose": arguments.get("dora_wd"),
+        "wd_on_out": arguments.get("wd_on_output"),
+        "rs_lora": arguments.get("rs_lora"),
+        "factor": arguments.get("factor"),
+        "decompose_both": arguments.get("decompose_both"),
+        "full_matrix": arguments.get("full_matrix"),
+        "unbalanced_factorization": arguments.get("unbalanced_factorization"),
+        "constraint": arguments.get("constraint"),
+        "rescaled": arguments.get("rescaled"),
+    }

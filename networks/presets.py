@@ -1,0 +1,190 @@
+"""Which layers a network adapts, and LyCORIS's presets as such a choice.
+
+LyCORIS itself keeps the preset in attributes of its class, where one network's preset acts on the
+next, and some presets of lycoris-lora 4.1.3 stop on diffusers' UNet with 'duplicated lora name'
+(`full`) or match nothing there (`ia3`, `attn-only`). Here a preset is a value, each layer that it
+asks for is found once, and classes and names are understood as they were meant.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.training.errors import UserError
+from networks.spelling import nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = (
+    "full",
+    "full-lin",
+    "attn-mlp",
+    "attn-only",
+    "unet-only",
+    "unet-transformer-only",
+    "unet-convblock-only",
+    "ia3",
+)
+# The algorithms of LyCORIS that can be had here; locon is another word for lora.
+ALGORITHMS = ("lora", "locon", "loha", "lokr", "full", "glora", "diag-oft", "boft", "ia3")
+
+# What other trainers' UNets call by these names is diffusers' Attention.
+_SAME_CLASS = {"CrossAttention": "Attention", "SelfAttention": "Attention"}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Layers of one model: those inside of modules of `classes`, and those that `names` match."""
+
+    classes: frozenset[str]
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which layers get an adapter; by class or name another algorithm, rank, …"""
+
+    unet: Targets
+    text_encoder: Targets
+    convolutions: bool = True  # larger than 1×1
+    by_class: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    by_name: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+    wildcards: bool = False  # names are fnmatch patterns instead of regular expressions
+
+    def matches(self, pattern: str, path: str) -> bool:
+        """A pattern matches from the start of a path; a plain name also matches at its end."""
+        if path == pattern or path.endswith("." + pattern):
+            return True
+        if self.wildcards:
+            return fnmatch.fnmatch(path, pattern)
+        return re.match(pattern, path) is not None
+
+    def config(self, targets: Targets, path: str, classes: list[str]) -> dict[str, Any] | None:
+        """The layer's own settings ({} for none), or None if it gets no adapter.
+
+        Args:
+            path: of the layer, as in `named_modules`.
+            classes: of the modules it is in, from the outermost to itself.
+        """
+        if any(self.matches(pattern, path) for pattern in self.excluded):
+            return None
+        by_name = any(self.matches(pattern, path) for pattern in targets.names)
+        if not by_name and targets.classes.isdisjoint(classes):
+            return None
+        if by_name:
+            for pattern, config in self.by_name.items():
+                if self.matches(pattern, path):
+                    return dict(config)
+        for name in reversed(classes):
+            if name in self.by_class:
+                return dict(self.by_class[name])
+        return {}
+
+
+def stock_selection(convolutions: bool) -> Selection:
+    """Linear and 1×1 layers of the transformers; with `conv_dim` the resnets and samplers too."""
+    resnets = {"ResnetBlock2D", "Downsample2D", "Upsample2D"} if convolutions else set()
+    return Selection(
+        unet=Targets(frozenset({"Transformer2DModel"} | resnets)),
+        text_encoder=Targets(frozenset({"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"})),
+    )
+
+
+def preset_selection(name: str) -> Selection:
+    """A preset by LyCORIS's name or from a TOML file; what a file leaves out is as in `full`."""
+    from lycoris.config import PRESET
+
+    preset = PRESET["full"] | (PRESET[name] if name in PRESETS else read_preset(Path(name)))
+
+    def targets(part: str) -> Targets:
+        classes = preset[f"{part}_target_module"]
+        return Targets(
+            frozenset(_SAME_CLASS.get(entry, entry) for entry in classes),
+            tuple(preset[f"{part}_target_name"]),
+        )
+
+    by_class = preset.get("module_algo_map", {})
+    return Selection(
+        unet=targets("unet"),
+        text_encoder=targets("text_encoder"),
+        convolutions=preset["enable_conv"],
+        by_class={_SAME_CLASS.get(entry, entry): config for entry, config in by_class.items()},
+        by_name=preset.get("name_algo_map", {}),
+        excluded=tuple(preset.get("exclude_name", ())),
+        wildcards=preset.get("use_fnmatch", False),
+    )
+
+
+_KEYS = {
+    "enable_conv": bool,
+    "unet_target_module": list,
+    "unet_target_name": list,
+    "text_encoder_target_module": list,
+    "text_encoder_target_name": list,
+    "module_algo_map": dict,
+    "name_algo_map": dict,
+    "use_fnmatch": bool,
+    "exclude_name": list,
+}
+
+
+def read_preset(path: Path) -> dict[str, Any]:
+    """A preset file's keys as LyCORIS names them; UserError that lists all that is wrong."""
+    try:
+        preset = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--network_args preset={path}: cannot be read: {error}") from error
+    problems = [
+        f"{path}: unknown key '{key}'.{nearest(key, tuple(_KEYS))}"
+        for key in preset
+        if key not in _KEYS
+    ]
+    problems += [
+        f"{path}: '{key}' must be a {_KEYS[key].__name__}."
+        for key, value in preset.items()
+        if key in _KEYS and not isinstance(value, _KEYS[key])
+    ]
+    if not problems:
+        problems = _algorithm_problems(path, preset)
+    if problems:
+        raise UserError.listing(problems)
+    return preset
+
+
+def _algorithm_problems(path: Path, preset: dict[str, Any]) -> list[str]:
+    configs = [
+        *preset.get("module_algo_map", {}).values(),
+        *preset.get("name_algo_map", {}).values(),
+    ]
+    wanted = [str(config["algo"]) for config in configs if "algo" in config]
+    return [
+        f"{path}: algo '{name}' is none of {', '.join(ALGORITHMS)}.{nearest(name, ALGORITHMS)}"
+        for name in wanted
+        if name not in ALGORITHMS
+    ]
+
+
+def check_preset(preset: str) -> list[str]:
+    """What is wrong with a preset, by name or file, in words for the user."""
+    if preset in PRESETS:
+        return []
+    if not Path(preset).is_file():
+        return [
+            f"--network_args preset={preset}: there is no such preset and no such file."
+            f"{nearest(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
+        ]
+    try:
+        read_preset(Path(preset))
+    except UserError as error:
+        return [str(error)]
+    return []
