@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from library.training.config import parse
+from library.training.config import check, parse
 from library.training.config_file import config_path
 from library.training.errors import UserError
 from library.training.option_checks import option_problems
@@ -405,6 +406,7 @@ class TestNotes:
             ({"huber_c": 0.2}, "--huber_c acts only with --loss_type huber or smooth_l1"),
             ({"save_last_n_steps": 5}, "--save_last_n_steps acts only with --save_every_n_steps"),
             ({"lr_warmup_steps": 500, "max_train_steps": 100}, "longer than the run of 100 steps"),
+            ({"lowram": True}, "--lowram changes nothing"),
             ({"ddp_static_graph": True}, "--ddp_static_graph: processes exchange"),
             (
                 {"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0},
@@ -421,3 +423,130 @@ class TestNotes:
     def test_a_dataset_config_may_hold_what_the_command_line_lacks(self) -> None:
         assert notes(min_bucket_reso=128, dataset_config="data.toml") == []
         assert len(notes(min_bucket_reso=128)) == 1
+
+
+class TestCheck:
+    """`check` on a complete run: a real model folder, real pictures, real packages."""
+
+    @pytest.fixture
+    def options(self, tmp_path: Path, tiny_sd1: Path) -> Options:
+        pictures = tmp_path / "data" / "2_red cat"
+        pictures.mkdir(parents=True)
+        for shade in (0, 100, 200):
+            Image.new("RGB", (64, 64), (shade, 0, 0)).save(pictures / f"{shade}.png")
+        return Options(
+            pretrained_model_name_or_path=str(tiny_sd1),
+            network_module="networks.lora",
+            network_dim=4,
+            network_args=["conv_dim=2"],
+            output_dir=str(tmp_path / "output"),
+            train_data_dir=str(tmp_path / "data"),
+            resolution="64",
+            optimizer_type="HinaAdamW",
+            optimizer_args=["weight_decay=0.02"],
+            seed=1,
+        )
+
+    def test_a_run_that_can_start(self, options: Options, tmp_path: Path) -> None:
+        run = check(options)
+        assert len(run.train_data.records) == 3
+        assert run.validation_data is None
+        assert run.network_kwargs == {"conv_dim": "2"}
+        assert run.optimizer_spec.name == "HinaAdamW"
+        assert run.optimizer_kwargs == {"weight_decay": 0.02}
+        assert run.notes == []
+        assert not (tmp_path / "output").exists()
+
+    def test_a_namespace_of_stocks_parser(self, options: Options) -> None:
+        words = ["--train_data_dir", str(options.train_data_dir), "--resolution", "64"]
+        words += ["--pretrained_model_name_or_path", str(options.pretrained_model_name_or_path)]
+        words += [
+            "--network_module",
+            "networks.lora",
+            "--output_dir",
+            "o",
+            "--use_8bit_adam",
+            "--seed",
+            "1",
+        ]
+        run = check(setup_parser().parse_args(words))
+        assert run.options.optimizer_type == "AdamW8bit"
+
+    def test_everything_wrong_is_in_one_error(self, options: Options, tmp_path: Path) -> None:
+        (tmp_path / "data" / "2_red cat" / "notes.png").write_text("no picture")
+        (tmp_path / "state").mkdir()
+        (tmp_path / "prompts.txt").write_text("a cat --w wide\n")
+        wrong = options.changed(
+            {
+                "network_dim": 0,
+                "train_batch_size": 0,
+                "network_module": "networks.lorra",
+                "optimizer_type": "HinaAdamWW",
+                "lr_scheduler": "cosin",
+                "network_weights": str(tmp_path / "nowhere.safetensors"),
+                "pretrained_model_name_or_path": str(tmp_path / "no_model"),
+                "resume": str(tmp_path / "state"),
+                "sample_prompts": str(tmp_path / "prompts.txt"),
+                "output_dir": str(tmp_path / "prompts.txt"),
+                "mixed_precision": "bf17",
+                "fp8_base": True,
+                "log_with": "tensorboard",
+            }
+        )
+        with pytest.raises(UserError) as caught:
+            check(wrong)
+        answer = str(caught.value)
+        for word in (
+            "--network_dim 0: must be 1 or more",
+            "--train_batch_size 0: must be 1 or more",
+            "networks.lorra: there is no such module",
+            "'HinaAdamWW'. Did you mean 'HinaAdamW'?",
+            "--lr_scheduler cosin: there is no such schedule. Is cosine meant?",
+            "--network_weights",
+            "no_model",
+            "--resume",
+            "prompts.txt",
+            "--output_dir",
+            "--mixed_precision bf17: choose one of no, fp16, bf16",
+            "--fp8_base",
+            "--logging_dir",
+        ):
+            assert word in answer
+        assert answer.count("--network_dim") == 1
+        assert answer.count("--train_batch_size") == 1
+        assert answer.count("--output_dir") == 1
+
+    def test_broken_pictures_are_listed_with_the_rest(
+        self, options: Options, tmp_path: Path
+    ) -> None:
+        (tmp_path / "data" / "2_red cat" / "notes.png").write_text("no picture")
+        with pytest.raises(UserError) as caught:
+            check(options.changed({"optimizer_args": ["weight_decai=1"]}))
+        answer = str(caught.value)
+        assert answer.startswith("2 problems:\n  - --optimizer_args: ")
+        assert "Did you mean 'weight_decay'?" in answer
+        assert "notes.png" in answer
+        assert "--skip_broken_images" in answer
+
+    def test_captions_that_vary_cannot_be_cached(self, options: Options, tmp_path: Path) -> None:
+        config = write(
+            tmp_path / "data.toml",
+            f"""
+            [[datasets]]
+            resolution = 64
+            [[datasets.subsets]]
+            image_dir = '{tmp_path / "data" / "2_red cat"}'
+            class_tokens = "cat"
+            shuffle_caption = true
+            """,
+        )
+        cached = {"cache_text_encoder_outputs": True, "network_train_unet_only": True}
+        with pytest.raises(UserError, match="excludes shuffle_caption"):
+            check(options.changed({**cached, "dataset_config": config}))
+
+    def test_fp16_without_a_gpu(self, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        with pytest.raises(UserError, match="fp16 needs a GPU"):
+            check(options.changed({"mixed_precision": "fp16"}))
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        check(options.changed({"mixed_precision": "fp16"}))

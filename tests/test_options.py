@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from library.training.errors import UserError
 from library.training.options import OPTIONS, Options, setup_parser
 from library.training.options.fields import int_or_float
+from library.training.refusals import REFUSED
 
 STOCK = json.loads(
     (Path(__file__).parent / "data" / "stock_train_network_options.json").read_text("utf-8")
@@ -133,6 +135,21 @@ def test_a_stock_namespace_becomes_options() -> None:
     assert options.my_own == 3  # type: ignore[attr-defined]
     assert options.given >= {"network_dim", "my_own"}
     assert "learning_rate" not in options.given
+
+
+def test_every_option_is_read_somewhere() -> None:
+    """An option is refused, or said to change nothing, or some module reads it by its name."""
+    library = Path(__file__).parent.parent / "library"
+    about_options = {"option_checks.py", "settle.py", "refusals.py"}
+    texts = [
+        file.read_text(encoding="utf-8")
+        for file in library.rglob("*.py")
+        if "options" not in file.parts and file.name not in about_options
+    ]
+    words = set(re.findall(r"\w+", " ".join(texts)))
+    words |= {"caption_extention", "use_8bit_adam", "use_lion_optimizer", "sdpa"}  # aliases
+    words |= {name for name in OPTIONS if name.startswith("metadata_")}  # read by their prefix
+    assert OPTIONS.keys() - REFUSED.keys() - words == set()
 
 
 def test_changed_options_leave_the_original_alone() -> None:

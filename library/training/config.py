@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.training.config_file import read_config_file, write_config_file
 from library.training.errors import UserError
+from library.training.network_check import split_arguments
 from library.training.option_checks import option_problems
 from library.training.option_notes import option_notes
 from library.training.options import OPTIONS, Options, setup_parser
@@ -22,6 +23,7 @@ from library.training.run_checks import check_optimizer, open_data, run_problems
 from library.training.settle import settle
 
 if TYPE_CHECKING:
+    from library.optim.registry import OptimizerSpec
     from library.training.data import TrainingData
 
 
@@ -34,7 +36,7 @@ class CheckedRun:
     validation_data: TrainingData | None
     notes: list[str]  # remarks for the log
     network_kwargs: dict[str, str]
-    optimizer_spec: Any  # library.optim.registry's
+    optimizer_spec: OptimizerSpec
     optimizer_kwargs: dict[str, Any]
 
 
@@ -75,15 +77,16 @@ def _typed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[
 def check(options: Options | argparse.Namespace, sdxl: bool = False) -> CheckedRun:
     """Check everything about a run that can be checked without loading its model.
 
-    Returns the settled options with the data, optimizer class and arguments that checking resolved.
-    UserError lists every problem found, in the options, files, pictures and packages.
+    `options.seed` must be set: the data depends on it. Returns the settled options with the data,
+    optimizer and arguments that checking resolved. UserError lists every problem found, in the
+    options, files, pictures and packages.
     """
     options = settle(Options.from_namespace(options))
     problems = option_problems(options, sdxl)
     problems += without_repeats(run_problems(options, sdxl), problems)
     spec, arguments = check_optimizer(options, problems)
     data = open_data(options, problems)
-    if problems or data is None:
+    if problems or data is None or spec is None:
         raise UserError.listing(dict.fromkeys(problems))
     train_data, validation_data = data
     return CheckedRun(
@@ -91,7 +94,7 @@ def check(options: Options | argparse.Namespace, sdxl: bool = False) -> CheckedR
         train_data=train_data,
         validation_data=validation_data,
         notes=[*options.notes, *option_notes(options, sdxl)],
-        network_kwargs=dict(word.split("=", 1) for word in options.network_args or []),
+        network_kwargs=split_arguments(options.network_args)[0],
         optimizer_spec=spec,
         optimizer_kwargs=arguments,
     )

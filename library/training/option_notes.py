@@ -6,6 +6,16 @@ from collections.abc import Iterator
 
 from library.training.options import OPTIONS, Options
 
+# Options about what is done here in one way only.
+_IDLE = {
+    "lowram": "models are read in the precision they are used in, not in a wider one",
+    "highvram": "GPU memory is not cleared between the steps of a stage in any case",
+    "tokenizer_cache_dir": "tokenizers come with the model or with this program",
+    "cache_text_encoder_outputs_to_disk": (
+        "encoded captions are kept in memory; encoding them again takes seconds"
+    ),
+}
+
 
 def option_notes(options: Options, sdxl: bool) -> list[str]:
     """A line for every option that acts otherwise than one might expect, or not at all."""
@@ -19,8 +29,9 @@ def _unusual(options: Options, sdxl: bool) -> Iterator[str]:
             f"{', '.join(attention)}: attention goes through PyTorch's "
             "scaled_dot_product_attention, which picks the fastest kernel of this machine."
         )
-    if options.lowram and options.highvram:
-        yield "--lowram and --highvram: each acts on its own, loading and freeing of GPU memory."
+    for name, reason in _IDLE.items():
+        if getattr(options, name):
+            yield f"--{name} changes nothing: {reason}."
     ddp = [
         f"--{name}"
         for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph")

@@ -14,6 +14,7 @@ from library.training.errors import UserError
 from library.training.options import Options
 
 if TYPE_CHECKING:
+    from library.optim.registry import OptimizerSpec
     from library.training.data import TrainingData
 
 
@@ -21,7 +22,7 @@ def run_problems(options: Options, sdxl: bool) -> Iterator[str]:
     """What stands in the way of the run: its model, adapter, schedule, prompts, logs and state."""
     from library.training.lr_schedule import check_lr_scheduler
     from library.training.model_files import check_model_path
-    from library.training.network import check_network
+    from library.training.network_check import check_network
     from library.training.state import check_state
     from library.training.trackers import check_logging
 
@@ -56,20 +57,23 @@ def _gpu(options: Options) -> Iterator[str]:
         )
 
 
-def check_optimizer(options: Options, problems: list[str]) -> tuple[Any, dict[str, Any]]:
+def check_optimizer(
+    options: Options, problems: list[str]
+) -> tuple[OptimizerSpec | None, dict[str, Any]]:
     """The optimizer's spec and arguments; what is wrong with them is added to `problems`."""
     from library.optim import registry
 
-    spec: Any = None
+    spec, cls = None, None
     arguments: dict[str, Any] = {}
     try:
         spec = registry.resolve(options.optimizer_type)
+        cls = spec.load()
     except ValueError as error:
         problems.append(f"--optimizer_type {options.optimizer_type}: {error}")
     try:
-        arguments = registry.parse_optimizer_args(options.optimizer_args or [])
-        if spec is not None:
-            registry.check_arguments(spec, arguments)
+        arguments = registry.parse_optimizer_args(options.optimizer_args)
+        if spec is not None and cls is not None:
+            registry.check_arguments(cls, arguments, spec.fixed)
     except ValueError as error:
         problems.append(f"--optimizer_args: {error}")
     return spec, arguments

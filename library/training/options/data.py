@@ -85,7 +85,7 @@ class CacheOptions:
         False, "encode each caption once (needs --network_train_unet_only and fixed captions)"
     )
     cache_text_encoder_outputs_to_disk: bool = option(
-        False, "keep the encoded captions in files, so that the next run has them too"
+        False, "the same; encoded captions stay in memory, no files are written"
     )
 
 

@@ -35,7 +35,7 @@ class ModelOptions:
         explain={75: "75 is what you get without the option: leave it out"},
     )
     tokenizer_cache_dir: str | None = option(
-        None, "folder in which downloaded tokenizers are kept, for training offline", path=True
+        None, "accepted; tokenizers come with the model or with this program", path=True
     )
     disable_mmap_load_safetensors: bool = option(
         False, "read .safetensors files whole instead of mapping them (faster under WSL)"

@@ -52,8 +52,10 @@ class SpeedOptions:
     sdpa: bool = option(False, "attention by PyTorch's scaled_dot_product_attention (always used)")
     xformers: bool = option(False, "accepted, as --sdpa covers what xFormers did")
     mem_eff_attn: bool = option(False, "accepted, as --sdpa saves the same memory")
-    lowram: bool = option(False, "load the models to the GPU without a stop in main memory")
-    highvram: bool = option(False, "don't free GPU memory between the stages of a run")
+    lowram: bool = option(
+        False, "accepted; models are read in the precision they are used in anyway"
+    )
+    highvram: bool = option(False, "accepted; GPU memory is not cleared between steps anyway")
     fp8_base: bool = option(False, "keep the base model in 8-bit floats")
     fp8_base_unet: bool = option(False, "keep the UNet in 8-bit floats, the text encoder not")
     torch_compile: bool = option(False, "compile the models with torch.compile")
