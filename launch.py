@@ -99,7 +99,7 @@ def pip_install(requirements: str) -> bool:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
     ) as pip:
-        for raw in pip.stdout:
+        for raw in pip.stdout or ():
             line = raw.decode(errors="replace").rstrip()
             said.append(line)
             shown = progress_of(line)

@@ -7,15 +7,9 @@ from collections.abc import Sequence
 
 from library.training.command import run_command
 from library.training.options import setup_parser
-from library.training.trainer import NetworkTrainer
+from library.training.trainer import SdxlNetworkTrainer
 
 __all__ = ["SdxlNetworkTrainer", "main", "setup_parser"]
-
-
-class SdxlNetworkTrainer(NetworkTrainer):
-    """The trainer for SDXL models."""
-
-    sdxl = True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

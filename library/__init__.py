@@ -1,1 +1,1 @@
-"""Optimizers for adapter training (`library.optim`) and the trainer that uses them (`library.training`)."""
+"""Optimizers for adapter training (`optim`) and the trainer that uses them (`training`)."""

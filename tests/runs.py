@@ -38,7 +38,9 @@ def write_dataset(folder: Path, batch_size: int = 2, pictures: int = 7, extra: s
     images.mkdir(parents=True)
     for picture in sorted(IMAGES.glob("*.png"))[:pictures]:
         (images / picture.name).write_bytes(picture.read_bytes())
-        (images / picture.with_suffix(".txt").name).write_text(picture.with_suffix(".txt").read_text())
+        (images / picture.with_suffix(".txt").name).write_text(
+            picture.with_suffix(".txt").read_text()
+        )
     path = folder / "dataset.toml"
     path.write_text(
         f"""

@@ -25,7 +25,7 @@ def make(tmp_path: Path, weights: torch.Tensor | None = None, **settings: object
     return Checkpoints(
         options=options,
         state_dict=lambda dtype: {"a.lora_up.weight": tensor.to(dtype or tensor.dtype)},
-        metadata=lambda step, epoch: {"ss_steps": str(step), "ss_epoch": str(epoch)},
+        metadata=lambda tensors, step, epoch: {"ss_steps": str(step), "ss_epoch": str(epoch)},
         save_state=save_state,
         total_epochs=10,
     )

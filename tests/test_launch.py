@@ -27,7 +27,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_help_names_both_commands() -> None:
     said = subprocess.run(
-        [sys.executable, "launch.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "launch.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "launch.py train" in said
     assert "launch.py test" in said

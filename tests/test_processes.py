@@ -32,6 +32,7 @@ Checkpoints.at_end = at_end_of_every_rank
 sys.exit(train_network.main(sys.argv[1:]))
 """
 
+
 def launch_two(tmp_path: Path, **options: object) -> None:
     script = tmp_path / "every_rank.py"
     script.write_text(WRITES_EVERY_RANK)

@@ -33,5 +33,5 @@ def make_accelerator(options: Options) -> Accelerator:
 
 
 def weight_dtype(options: Options) -> torch.dtype:
-    """The dtype of the frozen base model (and, under `--full_*`, of all): that of mixed precision."""
+    """The dtype of the frozen base model, and with `--full_fp16` or `--full_bf16` of all."""
     return WEIGHT_DTYPES[options.mixed_precision]

@@ -38,7 +38,7 @@ class Checkpoints:
 
     options: Options
     state_dict: Callable[[torch.dtype | None], dict[str, torch.Tensor]]
-    metadata: Callable[[int, int], dict[str, str]]  # of (steps, epoch)
+    metadata: Callable[[dict[str, torch.Tensor], int, int], dict[str, str]]  # tensors, steps, epoch
     save_state: Callable[[Path], object]
     total_epochs: int
     is_main: bool = True
@@ -64,7 +64,7 @@ class Checkpoints:
             self._remove_older(step, every, keep, self._step_state)
 
     def at_epoch(self, step: int, epoch: int) -> None:
-        """Save if `--save_every_n_epochs` says so; `epoch` counts from 1; the last is `at_end`'s."""
+        """Save if `--save_every_n_epochs` says so; `epoch` counts from 1, the last is `at_end`'s."""
         every = self.epoch_interval()
         if not every or epoch % every or epoch >= self.total_epochs:
             return
@@ -96,7 +96,7 @@ class Checkpoints:
                 f"(first: {bad[0]}). Files saved before this are untouched. Lower --learning_rate, "
                 "or save in a wider --save_precision if the values overflow only there."
             )
-        metadata = self.metadata(step, epoch)
+        metadata = self.metadata(tensors, step, epoch)
 
         def write(file: Path) -> None:
             if self.suffix == ".safetensors":

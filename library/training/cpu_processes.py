@@ -15,7 +15,7 @@ import psutil
 
 
 def start_processes_asked_for(command: Sequence[str]) -> None:
-    """Replace this process (`command`: script and arguments) by N if the launcher was asked for N."""
+    """Replace this process (`command`: script and arguments) by as many as were asked for."""
     # The launcher sets the first only for its single process; processes of torchrun have a rank.
     if os.environ.get("ACCELERATE_USE_CPU") != "True" or "RANK" in os.environ:
         return

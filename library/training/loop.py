@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from library.optim.engine import NonFiniteGradientError
 from library.optim.telemetry import optimizer_report
 from library.training.checkpoints import Checkpoints
 from library.training.data import Batch, TrainingData
@@ -53,12 +54,12 @@ class Loop:
     optimizer: Any  # torch.optim.Optimizer behind accelerate's wrapper
     lr_scheduler: Any
     report: Report
-    sampler: Sampler | None
     validation: Validation | None
-    total_steps: int
     total_epochs: int
     progress: Progress = field(default_factory=Progress)
+    # These two need the loop itself, or where it stands after a resume.
     checkpoints: Checkpoints = field(init=False)
+    sampler: Sampler | None = None
 
     def __post_init__(self) -> None:
         self.parameters = [p for group in self.adapter.groups for p in group["params"]]
@@ -69,8 +70,8 @@ class Loop:
     def _batches(self) -> int:
         return self.data.steps_per_epoch(self.accelerator.num_processes)
 
-    def run(self, interrupt: Interrupt) -> None:
-        """Train from `progress` to `total_steps`, or to the end of the step that Ctrl-C hits."""
+    def run(self, interrupt: Interrupt) -> bool:
+        """Train from `progress` to the last step. False if Ctrl-C ended it after an earlier one."""
         self.progress.batches_per_epoch = self._batches
         self.progress.num_processes = self.accelerator.num_processes
         if should_sample(self.options, None, 0) and self.progress.step == 0:
@@ -90,9 +91,15 @@ class Loop:
             stops = self._step(torch.stack(micro_losses).mean(), paths, interrupt.requested)
             micro_losses, paths = [], []
             self._advance(epoch, index)
-            if self.progress.step >= self.total_steps or stops:
+            if self.progress.step >= self.options.max_train_steps or stops:
                 break
         self.report.flush()
+        return self.progress.step >= self.options.max_train_steps
+
+    def save_final(self) -> Path:
+        """Write the adapter as it is now, and the state where that is asked for."""
+        with self._inference():
+            return self.checkpoints.at_end(self.progress.step, self.progress.epoch)
 
     def _batches_from_here(self) -> Iterator[tuple[int, int, Batch]]:
         return iter(
@@ -106,7 +113,7 @@ class Loop:
         )
 
     def _accumulated(self, index: int) -> int:
-        """How many micro-batches the step around `index` has; the last of an epoch may have fewer."""
+        """The micro-batches of the step around `index`; the last of an epoch may have fewer."""
         accumulation = self.options.gradient_accumulation_steps
         first = index - index % accumulation
         return min(accumulation, self._batches - first)
@@ -136,14 +143,14 @@ class Loop:
             loss=value,
             average=sum(self.recent) / len(self.recent),
             lrs=self._learning_rates(),
-            extras=extras | optimizer_report(self._bare_optimizer),
+            extras=extras | optimizer_report(self.bare_optimizer),
         )
         return stopping > 0
 
     def _update(self, step: int, paths: list[str]) -> None:
         try:
             self.optimizer.step()
-        except FloatingPointError as error:  # the optimizer's own guard; nothing was changed
+        except NonFiniteGradientError as error:  # nothing was changed
             raise NonFiniteError(self._non_finite_message(step, str(error), paths)) from error
         if not self.optimizer.step_was_skipped:  # fp16: the scaler skips while it finds its scale
             self.lr_scheduler.step()
@@ -217,17 +224,17 @@ class Loop:
     def _inference(self) -> Iterator[None]:
         """Adapter and optimizer as they are for use, then back to training."""
         self.adapter.network.eval()
-        with optimizer_evaluates(self._bare_optimizer):
+        with optimizer_evaluates(self.bare_optimizer):
             yield
         self.adapter.network.train()
 
     @property
-    def _bare_optimizer(self) -> torch.optim.Optimizer:
+    def bare_optimizer(self) -> torch.optim.Optimizer:
         bare: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return bare
 
     def _learning_rates(self) -> dict[str, float]:
-        groups = self._bare_optimizer.param_groups
+        groups = self.bare_optimizer.param_groups
         return {
             label: float(group["lr"])
             for label, group in zip(self.adapter.group_labels, groups, strict=True)
@@ -262,8 +269,8 @@ class Loop:
         entries: Any = gather(random_state(), self.accelerator)
         return TrainingState(
             progress=self.progress,
-            network=dict(self.adapter.network.state_dict()),
-            optimizer=self._bare_optimizer.state_dict(),
+            network=self.adapter.training_state(),
+            optimizer=self.bare_optimizer.state_dict(),
             lr_scheduler=self.lr_scheduler.state_dict(),
             scaler=scaler.state_dict() if scaler is not None else {},
             random=entries,
@@ -279,8 +286,8 @@ class Loop:
 
     def restore(self, state: TrainingState) -> None:
         """Go on from `state`: weights, optimizer, schedule, generators and position."""
-        self.adapter.network.load_state_dict(state.network)
-        self._bare_optimizer.load_state_dict(state.optimizer)
+        self.adapter.load_training_state(state.network)
+        self.bare_optimizer.load_state_dict(state.optimizer)
         self.lr_scheduler.load_state_dict(state.lr_scheduler)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)

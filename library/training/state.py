@@ -77,7 +77,9 @@ def save_state(path: Path, state: TrainingState) -> Path:
     """Write `state` as the folder `path`, whole or not at all."""
 
     def write(folder: Path) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.network.items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in state.network.items()
+        }
         save_file(tensors, str(folder / "network.safetensors"))
         torch.save(state.optimizer, folder / "optimizer.pt")
         torch.save(state.lr_scheduler, folder / "lr_scheduler.pt")
@@ -118,8 +120,8 @@ def check_state(path: Path) -> list[str]:
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
         return [
-            f"--resume: {path} has no {MANIFEST}, so it is no state of this trainer, or was cut off "
-            "while it was copied. Choose another '-state' folder."
+            f"--resume: {path} has no {MANIFEST}, so it is no state of this trainer, or was cut "
+            "off while it was copied. Choose another '-state' folder."
         ]
     try:
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
@@ -135,7 +137,9 @@ def check_state(path: Path) -> list[str]:
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != expected["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+            problems.append(
+                f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+            )
         elif _sha256(file) != expected["sha256"]:
             problems.append(f"{name} was changed after it was written")
     if problems:

@@ -6,33 +6,36 @@ import argparse
 import logging
 import math
 import random
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from tqdm import tqdm
 
 from library.optim.registry import create_optimizer
 from library.optim.telemetry import optimizer_summary
 from library.training.accelerator import make_accelerator, weight_dtype
 from library.training.checkpoints import Checkpoints
 from library.training.config import CheckedRun, check
+from library.training.data import TrainingData
+from library.training.errors import UserError
 from library.training.interrupt import Interrupt
 from library.training.log import setup_logging
 from library.training.loop import Loop
 from library.training.lr_schedule import make_lr_scheduler
+from library.training.metadata import Kind
 from library.training.models import DiffusionModel, load_model
 from library.training.network import Adapter, adapter_state_dict, build_adapter
 from library.training.noise import NoiseSchedule
 from library.training.objective import Objective
 from library.training.options import Options
-from library.training.outcome import announce, write_report
+from library.training.outcome import announce, leave_report
 from library.training.processes import broadcast_parameters
+from library.training.provenance import Provenance
 from library.training.report import Report
 from library.training.sampling import Sampler, read_prompts
-from library.training.state import load_state, save_state
+from library.training.state import load_state
 from library.training.text import TextEncoding
 from library.training.validation import Validation
 
@@ -55,6 +58,7 @@ class NetworkTrainer:
             options.seed = random.getrandbits(31)
             log.info("no --seed given: this run uses %d", options.seed)
         run = check(options, sdxl=self.sdxl)
+        options = run.options
         for note in run.notes:
             log.info("%s", note)
         accelerator = make_accelerator(options)
@@ -62,11 +66,18 @@ class NetworkTrainer:
         model = load_model(options, self.sdxl, weight_dtype(options), accelerator.device)
         prepare_data(run, model, accelerator)
         adapter = build_adapter(options, model)
+        adapter.network.to(accelerator.device)
         loop = assemble(run, model, adapter, accelerator)
         with Interrupt() as interrupt:
-            loop.run(interrupt)
-        finish(loop, model)
-        return not interrupt.requested
+            finished = loop.run(interrupt)
+            finish(loop)
+        return finished
+
+
+class SdxlNetworkTrainer(NetworkTrainer):
+    """The trainer for SDXL models."""
+
+    sdxl = True
 
 
 def prepare_data(run: CheckedRun, model: DiffusionModel, accelerator: Accelerator) -> None:
@@ -74,11 +85,22 @@ def prepare_data(run: CheckedRun, model: DiffusionModel, accelerator: Accelerato
     for data in filter(None, (run.train_data, run.validation_data)):
         for line in data.describe():
             log.info("%s", line)
-        if run.options.cache_latents or run.options.cache_latents_to_disk:
+        with tqdm(desc="caching latents", unit="picture", delay=1, leave=False) as bar:
+
+            def advance(done: int, total: int, bar: tqdm[Any] = bar) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
             data.cache_latents(
-                model, run.options, accelerator.process_index, accelerator.num_processes
+                model,
+                run.options,
+                progress=advance,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
             )
-            accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
+    if run.train_data.store is not None:
+        model.vae.to("cpu")  # the sampler takes it back for as long as it draws
 
 
 def assemble(
@@ -88,21 +110,14 @@ def assemble(
     options = run.options
     parameters = [p for group in adapter.groups for p in group["params"]]
     broadcast_parameters(parameters, accelerator)
-    name, arguments, optimizer = create_optimizer(
-        run.optimizer_spec, adapter.groups, options.learning_rate, run.optimizer_kwargs
+    optimizer_path, arguments, optimizer = create_optimizer(
+        options.optimizer_type, adapter.groups, options.learning_rate, run.optimizer_kwargs
     )
-    log.info("optimizer: %s(%s)", name, arguments)
+    optimizer_text = f"{optimizer_path}({arguments})" if arguments else optimizer_path
+    log.info("optimizer: %s", optimizer_text)
     for line in optimizer_summary(optimizer):
         log.info("%s", line)
-    steps_per_epoch = math.ceil(
-        run.train_data.steps_per_epoch(accelerator.num_processes)
-        / options.gradient_accumulation_steps
-    )
-    if options.max_train_epochs:
-        options.max_train_steps = options.max_train_epochs * steps_per_epoch
-    total_epochs = math.ceil(options.max_train_steps / steps_per_epoch)
-    scheduler = make_lr_scheduler(options, optimizer, options.max_train_steps)
-    report = Report(options, options.max_train_steps, total_epochs, accelerator.is_main_process)
+    total_epochs = _plan_steps(options, run, accelerator)
     loop = Loop(
         options=options,
         accelerator=accelerator,
@@ -112,21 +127,111 @@ def assemble(
             options,
             accelerator,
             model,
-            NoiseSchedule.from_config(model.scheduler_config, options),
-            TextEncoding(model, options),
+            NoiseSchedule(model.scheduler_config, options.zero_terminal_snr),
+            TextEncoding(model, options, adapter.trains_text_encoder),
         ),
         optimizer=accelerator.prepare(optimizer),
-        lr_scheduler=scheduler,
-        report=report,
-        sampler=None,
-        validation=_validation(run, accelerator),
-        total_steps=options.max_train_steps,
+        lr_scheduler=make_lr_scheduler(options, optimizer, options.max_train_steps),
+        report=Report(options, options.max_train_steps, total_epochs, accelerator.is_main_process),
+        validation=None
+        if run.validation_data is None
+        else Validation(options, accelerator, run.validation_data),
         total_epochs=total_epochs,
     )
-    loop.progress.seed = options.seed or 0
-    loop.checkpoints = _checkpoints(loop, run, f"{name}({arguments})" if arguments else name)
     if options.resume:
         loop.restore(load_state(Path(options.resume)))
         log.info("resumed %s: going on after step %d", options.resume, loop.progress.step)
-    loop.sampler = _sampler(model, loop)
+    set_start(loop)
+    loop.checkpoints = _checkpoints(loop, run, model.kind, optimizer_text)
+    loop.sampler = _sampler(loop, model)
     return loop
+
+
+def set_start(loop: Loop) -> None:
+    """`--initial_epoch` and `--initial_step`: begin to count elsewhere than at 0, as in stock.
+
+    The data go on from there with `--skip_until_initial_step`; without, the counting alone does.
+    """
+    options = loop.options
+    per_epoch = steps_per_epoch(loop.data, options, loop.accelerator)
+    first = options.initial_step
+    if first is None and options.initial_epoch is not None:
+        first = (options.initial_epoch - 1) * per_epoch
+    if not first:
+        return
+    if first >= options.max_train_steps:
+        raise UserError(
+            f"the run would begin at step {first} (--initial_step, --initial_epoch) and end at "
+            f"{options.max_train_steps} (--max_train_steps, --max_train_epochs): nothing is left."
+        )
+    loop.progress.step = first
+    loop.progress.epoch, done = divmod(first, per_epoch)
+    skips = options.skip_until_initial_step
+    loop.progress.index = done * options.gradient_accumulation_steps if skips else 0
+
+
+def steps_per_epoch(data: TrainingData, options: Options, accelerator: Accelerator) -> int:
+    """Optimizer steps an epoch; the last may have fewer micro-batches."""
+    batches = data.steps_per_epoch(accelerator.num_processes)
+    return math.ceil(batches / options.gradient_accumulation_steps)
+
+
+def _plan_steps(options: Options, run: CheckedRun, accelerator: Accelerator) -> int:
+    """Settle `max_train_steps` by `max_train_epochs`; returns how many epochs are begun."""
+    per_epoch = steps_per_epoch(run.train_data, options, accelerator)
+    if options.max_train_epochs:
+        options.max_train_steps = options.max_train_epochs * per_epoch
+    epochs = math.ceil(options.max_train_steps / per_epoch)
+    log.info(
+        "%d steps: %d epochs of %d steps, batches of %s, %d accumulated, %d process(es)",
+        *(options.max_train_steps, epochs, per_epoch),
+        "/".join(str(each.spec.batch_size) for each in run.train_data.sets),
+        *(options.gradient_accumulation_steps, accelerator.num_processes),
+    )
+    return epochs
+
+
+def _checkpoints(loop: Loop, run: CheckedRun, kind: Kind, optimizer_text: str) -> Checkpoints:
+    adapter = loop.adapter
+    provenance = Provenance(
+        options=loop.options,
+        kind=kind,
+        data=run.train_data,
+        validation_data=run.validation_data,
+        network_args=adapter.network_args,
+        optimizer=optimizer_text,
+        num_epochs=loop.total_epochs,
+        num_processes=loop.accelerator.num_processes,
+    )
+    return Checkpoints(
+        options=loop.options,
+        state_dict=lambda dtype: adapter_state_dict(adapter, dtype),
+        metadata=provenance.metadata,
+        save_state=loop.write_state,
+        total_epochs=loop.total_epochs,
+        is_main=loop.accelerator.is_main_process,
+    )
+
+
+def _sampler(loop: Loop, model: DiffusionModel) -> Sampler | None:
+    options = loop.options
+    if not options.sample_prompts:
+        return None
+    return Sampler(
+        model,
+        options,
+        read_prompts(Path(options.sample_prompts)),
+        options.output_dir or ".",
+        options.output_name or "",
+        start_step=loop.progress.step,
+        tell=loop.report.pictures,
+    )
+
+
+def finish(loop: Loop) -> None:
+    """Save the adapter and the report, and say where they are."""
+    adapter_file = loop.save_final()
+    loop.report.close()
+    if loop.accelerator.is_main_process:
+        announce(leave_report(loop, adapter_file))
+    loop.accelerator.end_training()
