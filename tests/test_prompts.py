@@ -21,12 +21,12 @@ def test_text_file_with_every_option(tmp_path):
         "prompts.txt",
         "# a comment\n"
         "\n"
-        "red apple, flat style --n blurry, photo --w 130 --h 200 --d 42 --s 25 --l 5.5 --ss euler_a\n"
+        "red apple, flat --n blurry, photo --w 130 --h 200 --d 42 --s 25 --l 5.5 --ss euler_a\n"
         "plain prompt\n"
         "UPPER --W 72 --D -1\n",
     )
     assert read_prompts(path) == [
-        Prompt("red apple, flat style", "blurry, photo", 128, 200, 42, 25, 5.5, "euler_a", 0),
+        Prompt("red apple, flat", "blurry, photo", 128, 200, 42, 25, 5.5, "euler_a", 0),
         Prompt("plain prompt", "", 512, 512, None, 30, 7.5, None, 1),
         Prompt("UPPER", width=72, index=2),
     ]
@@ -92,7 +92,7 @@ def test_options_of_other_models_are_named_as_without_effect(tmp_path, caplog):
         ("p.txt", "cat --d 18446744073709551616", r"seed 18446744073709551616 is too large"),
         ("p.txt", "# nothing\n\n", r"holds no prompts"),
         ("p.md", "cat", r"must be a \.txt, \.toml or \.json"),
-        ("p.toml", "[prompt]\nwidth = \n", r"p\.toml, line 2"),
+        ("p.toml", "[prompt]\nwidth = \n", r"p\.toml:2:"),
         ("p.toml", "[promt]\n", r"no \[prompt\] table"),
         ("p.toml", "[prompt.subset]\nprompt='a'\n", r"\[\[prompt\.subset\]\]"),
         ("p.toml", "[[prompt.subset]]\nwidht=64\n", r"prompt 1: .*'widht' .*'width'"),
