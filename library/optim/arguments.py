@@ -1,0 +1,116 @@
+"""What an optimizer's arguments may be: small rules, checked before anything is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+
+class OptimizerArgumentError(ValueError):
+    """An optimizer argument that is unknown or impossible; the message says what is allowed."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one argument may be: `holds(value)`, and the same in words."""
+
+    holds: Callable[[Any], bool]
+    allowed: str
+    choices: tuple[str, ...] = ()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> Rule:
+    """A finite number between `low` and `high`; an open end excludes the bound itself."""
+
+    def holds(value: object) -> bool:
+        if not _is_number(value):
+            return False
+        above = value > low if open_low else value >= low  # type: ignore[operator]
+        below = value < high if open_high else value <= high  # type: ignore[operator]
+        return above and below
+
+    left = ">" if open_low else ">="
+    right = "<" if open_high else "<="
+    bounds = [f"{sign} {end:g}" for sign, end in ((left, low), (right, high)) if math.isfinite(end)]
+    return Rule(holds, f"a finite number {' and '.join(bounds)}".strip())
+
+
+def whole_number(low: int) -> Rule:
+    """An integer of at least `low`."""
+    return Rule(
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low,
+        f"a whole number >= {low}",
+    )
+
+
+def flag() -> Rule:
+    """True or False."""
+    return Rule(lambda value: isinstance(value, bool), "True or False", ("True", "False"))
+
+
+def one_of(*values: str | int) -> Rule:
+    """One of a few fixed values."""
+    return Rule(
+        lambda value: not isinstance(value, bool) and value in values,
+        " or ".join(map(repr, values)),
+        tuple(str(value) for value in values),
+    )
+
+
+def pair(item: Rule) -> Rule:
+    """Two values, each obeying `item`."""
+    return Rule(
+        lambda value: (
+            isinstance(value, tuple | list) and len(value) == 2 and all(map(item.holds, value))
+        ),
+        f"two values, each {item.allowed}",
+    )
+
+
+def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """` Did you mean 'x'?` for the known spelling that is nearest to `word`, or nothing."""
+    by_lower = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" Did you mean '{by_lower[close[0]]}'?" if close else ""
+
+
+def check_values(rules: Mapping[str, Rule], values: Mapping[str, Any], owner: str) -> None:
+    """Check `values` against `rules`; keys without a rule are not looked at.
+
+    Raises:
+        OptimizerArgumentError: names the key, the value and what is allowed.
+    """
+    for key, value in values.items():
+        rule = rules.get(key)
+        if rule is not None and not rule.holds(value):
+            hint = nearest(value, rule.choices) if isinstance(value, str) else ""
+            raise OptimizerArgumentError(
+                f"{owner}: {key}={value!r} is not possible; {key} must be {rule.allowed}.{hint}"
+            )
+
+
+def check_keys(known: list[str], values: Mapping[str, Any], owner: str) -> None:
+    """Refuse a key that `owner` does not take.
+
+    Raises:
+        OptimizerArgumentError: names the key, the nearest spelling and all that is allowed.
+    """
+    for key, value in values.items():
+        if key not in known:
+            raise OptimizerArgumentError(
+                f"{owner} has no argument '{key}' (given {key}={value!r}).{nearest(key, known)} "
+                f"Allowed: {', '.join(sorted(known))}."
+            )

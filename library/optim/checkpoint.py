@@ -1,0 +1,173 @@
+"""State dicts of chain optimizers: found by name, converted between precisions."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections import Counter
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .layout import layout_of
+from .state import QUANTIZABLE, Kind, decode, encode
+
+if TYPE_CHECKING:
+    from .engine import ChainOptimizer
+
+logger = logging.getLogger(__name__)
+
+# Of a saved group, what belongs to its parameters rather than to the options.
+_NOT_OPTIONS = ("params", "param_names", "named")
+
+
+def maths_dtype(param: Tensor) -> torch.dtype:
+    """The precision of the maths, and of state that is not in 8 bits, for a parameter."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
+    """Give a parameter's state what its chain keeps and is not there yet.
+
+    All zero, but for what is kept of the parameter itself, and for `noise_key`: the int32 that
+    stands for the parameter in stochastic rounding. It comes from the name where there is one, so
+    that it does not depend on the grouping.
+    """
+    state = optimizer.state[param]
+    state.setdefault("step", 0)
+    if "noise_key" not in state:
+        name = optimizer.roles.names[param]
+        key = zlib.crc32(name.encode()) if name else optimizer.roles.position[param]
+        state["noise_key"] = torch.tensor(key).to(torch.int32).to(param.device)
+    for name, kind in optimizer.kept(param).items():
+        if name in state:
+            continue
+        if kind == "initial":
+            state[name] = param.detach().clone()
+        elif kind == "scalar":
+            state[name] = torch.zeros((), dtype=torch.float32, device=param.device)
+        else:
+            zeros = torch.zeros(param.shape, dtype=maths_dtype(param), device=param.device)
+            state[name] = zeros
+            if optimizer.uses_8bit(param):
+                _quantize(state, name, kind)
+
+
+def load(optimizer: ChainOptimizer, state_dict: dict[str, Any]) -> None:
+    """Replace the optimizer's state, and the groups' options where the groups are the same.
+
+    Raises:
+        ValueError: parameters, groups or shapes that differ from the saved ones.
+    """
+    saved_groups = state_dict["param_groups"]
+    params, same_groups = _match(optimizer, saved_groups)
+    conversions: Counter[str] = Counter()
+    loaded = {
+        params[index]: _restore(optimizer, params[index], saved, conversions)
+        for index, saved in state_dict["state"].items()
+    }
+    optimizer.state.clear()
+    optimizer.state.update(loaded)
+    for param in loaded:
+        complete(optimizer, param)
+    if same_groups:
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+            options = {key: value for key, value in saved.items() if key not in _NOT_OPTIONS}
+            group.update(deepcopy(options))
+    else:
+        logger.info(
+            "The saved optimizer state is grouped differently: state was found by parameter name, "
+            "learning rates and other group options stay as they are set now."
+        )
+    for direction, count in conversions.items():
+        logger.info("Converted the optimizer state of %d tensors %s.", count, direction)
+
+
+def _match(
+    optimizer: ChainOptimizer, saved_groups: list[dict[str, Any]]
+) -> tuple[dict[int, Tensor], bool]:
+    """The parameter for each saved index, and whether the groups are the same."""
+    groups = optimizer.param_groups
+    now = [group.get("param_names", [""] * len(group["params"])) for group in groups]
+    then = [group.get("param_names", [""] * len(group["params"])) for group in saved_groups]
+    flat_now = [name for names in now for name in names]
+    flat_then = [name for names in then for name in names]
+    tensors = [param for group in groups for param in group["params"]]
+    indices = [index for group in saved_groups for index in group["params"]]
+    if _unique(flat_now) and _unique(flat_then):
+        missing = sorted(set(flat_now) - set(flat_then))
+        unknown = sorted(set(flat_then) - set(flat_now))
+        if missing or unknown:
+            raise ValueError(
+                "The saved optimizer state is of other parameters. "
+                f"Not in it: {_some(missing)}. Only in it: {_some(unknown)}."
+            )
+        by_name = dict(zip(flat_now, tensors, strict=True))
+        found = {index: by_name[name] for index, name in zip(indices, flat_then, strict=True)}
+        return found, now == then
+    if [len(names) for names in now] != [len(names) for names in then]:
+        raise ValueError(
+            f"The saved optimizer state has parameter groups of sizes {list(map(len, then))}, this "
+            f"optimizer has {list(map(len, now))}; without a unique name for every parameter they "
+            "cannot be matched."
+        )
+    return dict(zip(indices, tensors, strict=True)), True
+
+
+def _unique(names: list[str]) -> bool:
+    return all(names) and len(set(names)) == len(names)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "nothing") + more
+
+
+def _restore(
+    optimizer: ChainOptimizer, param: Tensor, saved: dict[str, Any], conversions: Counter[str]
+) -> dict[str, Any]:
+    """A copy of one parameter's saved state, on its device and in the precision it has now."""
+    state = {
+        key: value.to(param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
+        for key, value in saved.items()
+    }
+    if "step" in state:
+        state["step"] = int(state["step"])  # other optimizers keep it as a tensor
+    converted = set()
+    for name, kind in optimizer.kept(param).items():
+        if kind not in QUANTIZABLE or name not in state:
+            continue
+        if state[name].shape != param.shape:
+            raise ValueError(
+                f"The saved '{name}' of {optimizer.roles.call(param)} has shape "
+                f"{tuple(state[name].shape)}, the parameter {tuple(param.shape)}."
+            )
+        if f"{name}_scale" not in state:
+            state[name] = state[name].to(maths_dtype(param))
+            if optimizer.uses_8bit(param):
+                _quantize(state, name, kind)
+                converted.add("from float32 to 8 bits")
+        elif not optimizer.uses_8bit(param):
+            _dequantize(state, name, kind, maths_dtype(param))
+            converted.add("from 8 bits to float32")
+    conversions.update(converted)
+    return state
+
+
+def _quantize(state: dict[str, Any], name: str, kind: Kind) -> None:
+    """Replace an element-wise state by 8-bit codes and scales, rounded to the nearest."""
+    value = state[name]
+    layout = layout_of((value.numel(),), value.device)
+    codes, state[f"{name}_scale"] = encode(layout.gather([value], torch.float32), kind)
+    (state[name],) = layout.split(codes, [value.shape])
+
+
+def _dequantize(state: dict[str, Any], name: str, kind: Kind, dtype: torch.dtype) -> None:
+    """Replace 8-bit codes and scales by their values."""
+    codes = state[name]
+    layout = layout_of((codes.numel(),), codes.device)
+    matrix = decode(layout.gather([codes], codes.dtype), state.pop(f"{name}_scale"), kind)
+    (value,) = layout.split(matrix, [codes.shape])
+    state[name] = value.to(dtype)

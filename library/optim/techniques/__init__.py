@@ -1,0 +1,29 @@
+"""The techniques that optimizers are chained from, one file each."""
+
+from .adopt import ADOPT, Adam
+from .agr import AGR
+from .alora import PairScale
+from .base import Technique, Work
+from .cautious import Cautious
+from .grams import Grams
+from .orthograd import OrthogonalGradient
+from .spd import SelectiveProjection
+from .tam import Momentum, TorqueAware
+from .weight_decay import Descent, DynamicWeightDecay
+
+__all__ = [
+    "ADOPT",
+    "AGR",
+    "Adam",
+    "Cautious",
+    "Descent",
+    "DynamicWeightDecay",
+    "Grams",
+    "Momentum",
+    "OrthogonalGradient",
+    "PairScale",
+    "SelectiveProjection",
+    "Technique",
+    "TorqueAware",
+    "Work",
+]

@@ -1,0 +1,31 @@
+"""Orthogonal gradient: only the part of the gradient that turns the weights."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import TINY, Technique, Work
+
+# Below this share of ‖g‖ what is left of g is rounding: it has no direction to be scaled up.
+_ROUNDING = 1e-6
+
+
+class OrthogonalGradient(Technique):
+    """g⊥ = g − (⟨p,g⟩/⟨p,p⟩)·p, then g ← g⊥·‖g‖/‖g⊥‖, per tensor.
+
+    Tensors with p = 0 keep g, and so do tensors of a single element, which have no direction
+    orthogonal to themselves and could never change.
+
+    Source: Prieto et al., Grokking at the Edge of Numerical Stability, arXiv 2501.04697, ⊥Grad.
+    """
+
+    def apply(self, work: Work) -> None:
+        p, g = work.p, work.g
+        pg, pp, gg = work.sum(p * g, p * p, g * g)
+        free = (pp == 0) | (work.layout.numel == 1)
+        along = torch.where(free, 0.0, pg / pp.clamp_min(TINY))
+        turned = g - work.spread(along) * p
+        (tt,) = work.sum(turned * turned)
+        norm, rest = gg.sqrt(), tt.sqrt()
+        scale = torch.where(rest > _ROUNDING * norm, norm / rest.clamp_min(TINY), 0.0)
+        work.g = turned * work.spread(torch.where(free, 1.0, scale))

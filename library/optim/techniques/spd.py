@@ -1,0 +1,58 @@
+"""Selective projection decay: pull back towards an anchor, only where the step leads away."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from ..roles import family_of
+from ..state import Kind
+from .base import TINY, Technique, Work
+
+Anchor = Literal["auto", "zero", "initial"]
+
+_ADAPTER_ROLES = {"w_norm", "b_norm", "lora_mid", "hada", "oft_blocks", "glora"}
+
+
+def anchor_for(role: str, anchor: Anchor) -> Literal["zero", "initial"]:
+    """Where a role is pulled to. By itself: zero for what is added to a base model, and the initial
+    value for anything else, a DoRA or IA3 scale included (these start at a weight's norm or at 1).
+    """
+    if anchor != "auto":
+        return anchor
+    return "zero" if family_of(role) != "other" or role in _ADAPTER_ROLES else "initial"
+
+
+class SelectiveProjection(Technique):
+    """After the step, for tensors with −⟨g, p−p₀⟩ < 0:
+    r = clamp((‖p'−p₀‖ − ‖p−p₀‖)/‖p'−p₀‖, 0, 1), p' ← p' − λ·r·(p'−p₀).
+
+    g is the gradient itself, not what other techniques have made of it: one that is orthogonal to p
+    would leave nothing to decide by. The anchor p₀ is zero for adapters, as in the paper's own use
+    with them, and costs no memory there.
+
+    Source: Tian et al., Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models,
+    arXiv 2411.01713, algorithm 1, and its published code for the norms.
+
+    Args:
+        strength: λ, the `spd_lambda` of the optimizer.
+        anchor: `auto`, or one anchor for all roles.
+    """
+
+    def __init__(self, strength: float, anchor: Anchor) -> None:
+        self.strength = strength
+        self.anchor: Anchor = anchor
+
+    def state(self, role: str) -> dict[str, Kind]:
+        return {"spd_anchor": "initial"} if anchor_for(role, self.anchor) == "initial" else {}
+
+    def apply(self, work: Work) -> None:
+        origin = work.state.get("spd_anchor")
+        before = work.p if origin is None else work.p - origin
+        after = work.new_p if origin is None else work.new_p - origin
+        descent, bb, aa = work.sum(work.grad * before, before * before, after * after)
+        ratio = ((aa.sqrt() - bb.sqrt()) / aa.sqrt().clamp_min(TINY)).clamp(0, 1)
+        ratio = torch.where(descent > 0, ratio, 0.0)
+        work.new_p = work.new_p - work.spread(self.strength * ratio) * after
+        work.report["spd/projected_share"] = (ratio > 0).float()

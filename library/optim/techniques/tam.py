@@ -1,0 +1,47 @@
+"""Momentum, and torque-aware momentum: how much of a gradient enters the first moment."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..state import Kind
+from .base import TINY, Work
+
+
+class Momentum:
+    """Plain momentum: the gradient enters m whole."""
+
+    def state(self) -> dict[str, Kind]:
+        return {}
+
+    def damping(self, work: Work) -> Tensor | float:
+        """The factor on the gradient that enters m: a number, or `[blocks, 1]`."""
+        return 1.0
+
+
+class TorqueAware(Momentum):
+    """ŝ ← β·ŝ + (1−β)·cos(m, g); the gradient entering m is multiplied by (1+ŝ)/2 + ε.
+
+    The cosine is over the whole tensor, of m before this step and g as the techniques before have
+    made it; 0 while either is 0. ŝ starts at 0.
+
+    Source: Malviya et al., Torque-Aware Momentum, arXiv 2412.18790, eq. 3 to 5.
+
+    Args:
+        beta: β, the `tam_beta` of the optimizer.
+    """
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+
+    def state(self) -> dict[str, Kind]:
+        return {"tam_alignment": "scalar"}
+
+    def damping(self, work: Work) -> Tensor:
+        m, g = work.state["exp_avg"], work.g
+        mg, mm, gg = work.sum(m * g, m * m, g * g)
+        cosine = mg / (mm.sqrt() * gg.sqrt()).clamp_min(TINY)
+        smooth = self.beta * work.state["tam_alignment"] + (1 - self.beta) * cosine
+        work.state["tam_alignment"] = smooth
+        work.report["tam/alignment"] = smooth
+        return work.spread((1 + smooth) / 2 + work.eps)

@@ -1,0 +1,333 @@
+"""What an optimizer remembers: continued bit for bit, by name, converted, copied."""
+
+import copy
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
+from library.optim import rounding, state
+from library.optim.layout import BLOCK, layout_of
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def make_parameters() -> dict[str, nn.Parameter]:
+    """All state formats: 8-bit and float32, zero and initial anchors, float32 and bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "x.lokr_w1": (4, 4),
+        "x.lokr_w2": (30, 20),
+        "y.lora_down.weight": (4, 90),
+        "y.lora_up.weight": (70, 4),
+        "plain.weight": (20, 17),
+        "plain.bias": (17,),
+    }
+    params = {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
+    params["plain.weight"] = nn.Parameter(params["plain.weight"].detach().bfloat16())
+    return params
+
+
+def make_optimizer(params: dict[str, nn.Parameter], **options) -> HinaAdamWOptimizer:
+    return HinaAdamWOptimizer(params.items(), lr=1e-2, min_8bit_size=300, **options)
+
+
+def train(optimizer: HinaAdamWOptimizer, params: dict[str, nn.Parameter], steps: range) -> None:
+    """Gradients that depend on the parameters, so that an error would grow, and on the step."""
+    for step in steps:
+        for index, p in enumerate(params.values()):
+            noise = torch.Generator().manual_seed(1000 * step + index)
+            p.grad = (0.1 * p.detach().float() + torch.randn(p.shape, generator=noise)).to(p.dtype)
+        params["plain.bias"].grad = None if step % 3 == 0 else params["plain.bias"].grad
+        optimizer.step()
+
+
+def values(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def straight_run(steps: int = 8) -> dict[str, Tensor]:
+    params = make_parameters()
+    train(make_optimizer(params), params, range(steps))
+    return values(params)
+
+
+def test_another_process_continues_bit_for_bit(tmp_path):
+    params = make_parameters()
+    optimizer = make_optimizer(params)
+    train(optimizer, params, range(4))
+    torch.save(
+        {"params": values(params), "optimizer": optimizer.state_dict()}, tmp_path / "half.pt"
+    )
+    script = (
+        "import sys, torch, test_optimizer_state as t\n"
+        "half = torch.load(sys.argv[1] + '/half.pt', weights_only=True)\n"
+        "params = t.make_parameters()\n"
+        "for name, p in params.items(): p.data.copy_(half['params'][name])\n"
+        "optimizer = t.make_optimizer(params)\n"
+        "optimizer.load_state_dict(half['optimizer'])\n"
+        "t.train(optimizer, params, range(4, 8))\n"
+        "torch.save(t.values(params), sys.argv[1] + '/end.pt')\n"
+    )
+    paths = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, env=paths)
+    assert equal(torch.load(tmp_path / "end.pt", weights_only=True), straight_run())
+
+
+def test_other_groups_continue_bit_for_bit_by_name(caplog):
+    caplog.set_level(logging.INFO)
+    params = make_parameters()
+    first = make_optimizer(params)
+    train(first, params, range(4))
+    saved = first.state_dict()
+    names = list(params)
+    order = [names[i] for i in (3, 0, 5, 1, 4, 2)]
+    groups = [
+        {"params": [params[name] for name in some], "named": some}
+        for some in (order[:1], order[1:4], order[4:])
+    ]
+    second = HinaAdamWOptimizer(groups, lr=1e-2, min_8bit_size=300)
+    second.load_state_dict(saved)
+    assert "found by parameter name" in caplog.text
+    train(second, params, range(4, 8))
+    assert equal(values(params), straight_run())
+
+
+def test_without_names_the_order_counts():
+    params = make_parameters()
+    with pytest.warns(UserWarning, match="no parameter names"):
+        first = HinaAdamWOptimizer(params.values(), lr=1e-2, min_8bit_size=300)
+    train(first, params, range(4))
+    halfway = values(params)
+    saved = copy.deepcopy(first.state_dict())
+    train(first, params, range(4, 8))
+    straight = values(params)
+    for name, p in params.items():
+        p.data.copy_(halfway[name])
+    with pytest.warns(UserWarning, match="no parameter names"):
+        second = HinaAdamWOptimizer(params.values(), lr=1e-2, min_8bit_size=300)
+    with pytest.warns(UserWarning, match="no parameter names"):
+        other = HinaAdamWOptimizer([{"params": [p]} for p in params.values()])
+    second.load_state_dict(saved)
+    train(second, params, range(4, 8))
+    assert equal(values(params), straight)
+    with pytest.raises(ValueError, match="groups of sizes"):
+        other.load_state_dict(saved)
+
+
+def test_options_of_the_same_groups_are_taken_over():
+    params = make_parameters()
+    first = make_optimizer(params)
+    first.param_groups[0].update(lr=0.5, initial_lr=1.0)
+    second = make_optimizer(params)
+    second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["lr"] == 0.5
+    assert second.param_groups[0]["initial_lr"] == 1.0
+    assert [id(p) for p in second.param_groups[0]["params"]] == [id(p) for p in params.values()]
+
+
+def test_other_parameters_or_shapes_are_refused():
+    params = make_parameters()
+    optimizer = make_optimizer(params)
+    train(optimizer, params, range(1))
+    saved = optimizer.state_dict()
+    renamed = {name.replace("plain.bias", "fancy.bias"): p for name, p in params.items()}
+    with pytest.raises(ValueError, match=r"Not in it: fancy\.bias\. Only in it: plain\.bias"):
+        make_optimizer(renamed).load_state_dict(saved)
+    resized = {**params, "x.lokr_w1": nn.Parameter(torch.zeros(5, 4))}
+    with pytest.raises(ValueError, match=r"x\.lokr_w1 has shape \(4, 4\), the parameter \(5, 4\)"):
+        make_optimizer(resized).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 32), (32, 8)])
+def test_precision_converts_with_a_log_line(before, after, caplog):
+    caplog.set_level(logging.INFO)
+    params = make_parameters()
+    first = make_optimizer(params, optim_bits=before)
+    train(first, params, range(20))
+    second = make_optimizer(params, optim_bits=after)
+    second.load_state_dict(first.state_dict())
+    assert "optimizer state of 3 tensors" in caplog.text
+    large = params["x.lokr_w2"]
+    moment = {}
+    for optimizer in (first, second):
+        kept = dict(optimizer.state[large])
+        assert ("exp_avg_scale" in kept) == optimizer.uses_8bit(large)
+        for name, kind in (("exp_avg", "signed"), ("exp_avg_sq", "positive")):
+            matrix = layout_of((large.numel(),), CPU).gather([kept[name]], kept[name].dtype)
+            if optimizer.uses_8bit(large):
+                matrix = state.decode(matrix, kept[f"{name}_scale"], kind)
+            moment[name, optimizer] = matrix
+    for name in ("exp_avg", "exp_avg_sq"):
+        one, other = moment[name, first], moment[name, second]
+        assert (one - other).abs().max() <= 0.01 * one.abs().max()
+    train(second, params, range(20, 22))
+
+
+def test_loading_copies():
+    params = make_parameters()
+    first = make_optimizer(params)
+    train(first, params, range(2))
+    saved = first.state_dict()
+    second = make_optimizer(params)
+    second.load_state_dict(saved)
+    for p in params.values():
+        for name, value in second.state[p].items():
+            if isinstance(value, Tensor):
+                assert value.data_ptr() != first.state[p][name].data_ptr()
+
+
+def test_state_of_torch_adamw_is_taken_over():
+    params = make_parameters()
+    adamw = torch.optim.AdamW(params.items(), lr=1e-2)
+    train(adamw, params, range(3))
+    optimizer = make_optimizer(params, optim_bits=32, use_adopt_stability=False)
+    optimizer.load_state_dict(adamw.state_dict())
+    assert optimizer.state[params["x.lokr_w1"]]["step"] == 3
+    assert optimizer.state[params["plain.weight"]]["exp_avg"].dtype == torch.float32
+    train(optimizer, params, range(3, 5))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda item: pickle.loads(pickle.dumps(item))])
+def test_copies_go_their_own_way_alike(clone):
+    params = make_parameters()
+    optimizer = make_optimizer(params, nonfinite="skip")
+    train(optimizer, params, range(3))
+    twin = clone(optimizer)
+    twin_params = dict(zip(params, twin.param_groups[0]["params"], strict=True))
+    assert all(twin_params[name] is not p for name, p in params.items())
+    assert twin.get_optimization_info() == optimizer.get_optimization_info()
+    train(optimizer, params, range(3, 6))
+    train(twin, twin_params, range(3, 6))
+    assert equal(values(twin_params), values(params))
+
+
+def test_hooks_of_torch_run():
+    params = make_parameters()
+    optimizer, seen = make_optimizer(params), []
+    optimizer.register_load_state_dict_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("after"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("step"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(optimizer, params, range(1))
+    assert seen == ["before", "after", "step"]
+
+
+sizes = st.lists(st.integers(1, 700), min_size=1, max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes)
+def test_layout_gathers_splits_and_sums(some):
+    tensors = [torch.arange(size, dtype=torch.float32) + size for size in some]
+    layout = layout_of(tuple(some), CPU)
+    matrix = layout.gather(tensors, torch.float32)
+    assert matrix.shape == (sum(-(-size // BLOCK) for size in some), BLOCK)
+    pieces = layout.split(matrix, [tensor.shape for tensor in tensors])
+    assert all(map(torch.equal, pieces, tensors))
+    (sums,) = layout.sum(matrix)
+    assert sums.tolist() == pytest.approx([tensor.sum().item() for tensor in tensors], rel=1e-6)
+    positions = layout.split(layout.position, [tensor.shape for tensor in tensors])
+    assert all(torch.equal(got, torch.arange(len(got))) for got in positions)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 6), st.sampled_from(["signed", "positive"]))
+def test_codes_are_near_and_never_lose_a_positive(seed, spread, kind):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, BLOCK, generator=generator).mul(spread).exp() * 1e-8
+    x = x * torch.randn(3, BLOCK, generator=generator).sign() if kind == "signed" else x
+    x[1, 5] = 0
+    codes, scale = state.encode(x, kind, torch.rand(3, BLOCK, generator=generator))
+    back = state.decode(codes, scale, kind)
+    assert codes.element_size() == 1
+    assert back[1, 5] == 0
+    # Not further than from one code to the next.
+    power, codes_of_one = (2, 127.0) if kind == "signed" else (4, 255.0)
+    scale = scale[:, None]
+    low = (x.abs() / scale).pow(1 / power).mul(codes_of_one).floor()
+    gap = ((low + 1) ** power - low**power) / codes_of_one**power
+    assert ((back - x).abs() <= 1.001 * gap * scale).all()
+    if kind == "positive":
+        assert (back[x > 0] > 0).all()
+    again = state.decode(*state.encode(back, kind), kind)
+    assert torch.allclose(again, back, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["signed", "positive"])
+def test_stochastic_codes_are_unbiased(kind):
+    x = torch.rand(4, BLOCK, generator=torch.Generator().manual_seed(0)) ** 4
+    keys = torch.tensor([[7]], dtype=torch.int32)
+    position = torch.arange(x.numel(), dtype=torch.int32).view_as(x)
+    total = torch.zeros_like(x)
+    for step in range(400):
+        noise = next(rounding.uniforms(position, keys, step))
+        total += state.decode(*state.encode(x, kind, noise), kind)
+    assert (total / 400 - x).mean().abs() < 1e-4
+    assert (total / 400 - x).abs().max() < 5e-3
+
+
+def test_a_slow_average_does_not_stand_still():
+    """β₂ = 0.999 moves v by less than a code a step: rounded to nearest it would not move."""
+    layout = layout_of((2560,), CPU)
+    keys = torch.tensor([[7]], dtype=torch.int32)
+    held = state.encode(torch.ones(10, BLOCK), "positive")
+    for step in range(1000):
+        v = 0.999 * state.decode(*held, "positive")
+        v[:, 0] = 1.0  # keeps the block's scale
+        held = state.encode(v, "positive", next(rounding.uniforms(layout.position, keys, step)))
+    assert state.decode(*held, "positive")[:, 1:].mean().item() == pytest.approx(
+        0.999**1000, rel=0.05
+    )
+
+
+def test_noise_depends_on_key_step_and_draw_alone():
+    one = layout_of((700,), CPU)
+    two = layout_of((300, 700), CPU)
+    keys = torch.tensor([5, 9], dtype=torch.int32)
+    alone = next(rounding.uniforms(one.position, one.spread(keys[1:]), 3))
+    among = rounding.uniforms(two.position, two.spread(keys), 3)
+    draws = [next(among) for _ in range(3)]
+    assert torch.equal(draws[0][-3:], alone)
+    assert not torch.equal(draws[0][:2], alone[:2])
+    later = next(rounding.uniforms(one.position, one.spread(keys[1:]), 4))
+    assert not torch.equal(later, alone)
+    assert not torch.equal(draws[1], draws[0])
+    for draw in draws:
+        assert draw.mean().item() == pytest.approx(0.5, abs=0.05)
+        assert draw.std().item() == pytest.approx(12**-0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_goes_to_a_neighbour_and_is_unbiased(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, BLOCK, generator=generator) * torch.logspace(-7, 3, 20)[:, None]
+    total = torch.zeros_like(x)
+    for _ in range(300):
+        rounded = rounding.round_to(x, dtype, torch.rand(x.shape, generator=generator))
+        total += rounded.float()
+    spacing = (torch.finfo(dtype).eps * x.abs()).clamp_min(
+        2.0**-24 if dtype == torch.float16 else 0
+    )
+    assert ((rounded.float() - x).abs() <= spacing).all()
+    assert ((total / 300 - x) / spacing).abs().max() < 0.2
+    kept = x.to(dtype).float()  # representable: no noise moves it
+    assert torch.equal(rounding.round_to(kept, dtype, torch.full_like(x, 0.999)).float(), kept)
