@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_cached_and_uncached_latents_agree(folder: Path, to_disk: bool) -> None:
         cache_latents=True,
         cache_latents_to_disk=to_disk,
         vae_batch_size=4,
-        max_data_loader_n_workers=plain.max_data_loader_n_workers,
+        max_data_loader_n_workers=1,
     )
     model = TinyVae()
     data, _ = TrainingData.open(cached)
@@ -268,6 +269,10 @@ def test_validation_is_apart_and_always_the_same(folder: Path) -> None:
     assert [record.path for record in again.records] == [
         record.path for record in validation.records
     ]
+    # The last of a shuffle by the validation seed, as in sd-scripts.
+    order = [f"{index:02}.png" for index in range(7)]
+    random.Random(3).shuffle(order)
+    assert {os.path.basename(path) for path in apart} == set(order[5:])
     other = TrainingData.open(lively(folder, validation_split=0.3, validation_seed=4))[1]
     assert other is not None
     assert {record.path for record in other.records} != apart

@@ -69,6 +69,8 @@ def test_seed_and_epoch_decide_the_order() -> None:
     assert plan_epoch(groups, 1, 0, 1) == plan_epoch(groups, 1, 0, 1)
     assert plan_epoch(groups, 1, 0, 1) != plan_epoch(groups, 1, 1, 1)
     assert plan_epoch(groups, 1, 0, 1) != plan_epoch(groups, 2, 0, 1)
+    together = [{frozenset(batch) for batch in plan_epoch(groups, 1, epoch, 1)} for epoch in (0, 1)]
+    assert together[0] != together[1]  # other pictures share a batch, too
     # Sizes are mixed over the epoch, not one after the other.
     firsts = [batch[0].record // 100 for batch in plan_epoch(groups_of(60, 60), 1, 0, 1)]
     assert firsts != sorted(firsts)

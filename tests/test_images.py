@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from picture_folders import picture, write_picture
-from PIL import Image
+from PIL import Image, ImageOps
 
 from library.training.buckets import Placement
 from library.training.dataset_config import SubsetSpec
@@ -115,14 +115,17 @@ def test_a_picture_of_the_right_size_comes_through_unchanged(tmp_path: Path) -> 
     assert result.crop == (0, 0)
 
 
-def test_exif_orientation_turns_the_picture(tmp_path: Path) -> None:
-    upright = picture((40, 64))
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "webp"])
+def test_exif_orientation_turns_the_picture(tmp_path: Path, orientation: int, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° clockwise to be seen
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
-    assert inspect(str(tmp_path / "a.png")).size == (40, 64)
-    opened, _, _ = open_picture(str(tmp_path / "a.png"))
-    assert np.array_equal(np.array(opened), np.array(upright))
+    exif[0x0112] = orientation
+    picture((40, 64)).save(path, exif=exif, **({"lossless": True} if ending == "webp" else {}))
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image)
+    assert inspect(str(path)).size == expected.size
+    assert np.array_equal(np.array(open_picture(str(path))[0]), np.array(expected))
 
 
 def test_transparency_is_dropped_and_the_colours_below_it_stay(tmp_path: Path) -> None:
@@ -245,13 +248,14 @@ def test_a_picture_that_breaks_when_decoded_is_named(tmp_path: Path) -> None:
         open_picture(str(path))
 
 
-def test_files_are_inspected_without_torch_or_decoding(tmp_path: Path) -> None:
-    """Thousands of pictures are checked at every start: the sound ones by header and end alone."""
-    path = write_picture(tmp_path / "a.jpg", (64, 64))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.bmp"])
+def test_sound_files_are_checked_without_torch_or_decoding(tmp_path: Path, name: str) -> None:
+    """Thousands of pictures are checked at every start: by header and end alone."""
+    path = write_picture(tmp_path / name, (64, 64))
     code = (
-        "import sys\nfrom PIL import ImageFile\n"
+        "import sys\nfrom PIL import ImageFile, WebPImagePlugin\n"
         "def load(self): raise AssertionError('decoded')\n"
-        "ImageFile.ImageFile.load = load\n"
+        "ImageFile.ImageFile.load = WebPImagePlugin.WebPImageFile.load = load\n"
         "from library.training.picture_files import inspect\n"
         f"print(inspect({str(path)!r}).size, 'torch' in sys.modules)"
     )

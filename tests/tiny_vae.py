@@ -8,6 +8,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from library.training.errors import UserError
+
 
 class TinyVae:
     """4×4 pixels to a latent cell, 4 channels, seeded weights."""
@@ -37,4 +39,7 @@ class TinyVae:
                 for mean, seed in zip(distribution.mean, seeds, strict=True)
             ]
         )
-        return (distribution.mean + distribution.std * noise) * 0.18215
+        latents = (distribution.mean + distribution.std * noise) * 0.18215
+        if not latents.isfinite().all():
+            raise UserError("not finite")
+        return latents

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from library.training.buckets import Placement, Size, cover
 from library.training.dataset_config import SubsetSpec
 from library.training.errors import UserError
+from library.training.picture_files import orientation
 from library.training.randomness import python_stream
 
 _FILTERS = {
@@ -31,6 +32,16 @@ _FILTERS = {
     "box": Image.Resampling.BOX,
     # Of Pillow's filters the one that comes nearest to averaging over each new pixel's area.
     "area": Image.Resampling.HAMMING,
+}
+
+_UPRIGHT = {  # what each EXIF orientation asks for
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 
@@ -103,8 +114,8 @@ def open_picture(path: str) -> tuple[Image.Image, Image.Image | None, str]:
     try:
         data = Path(path).read_bytes()
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
+            turn = _UPRIGHT.get(orientation(image))
+            upright = image.transpose(turn) if turn is not None else image.copy()
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
         raise UserError(
             f"{path}: the picture cannot be decoded ({error}): repair, replace or remove it"

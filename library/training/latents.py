@@ -46,7 +46,7 @@ class Encoder(Protocol):
         """Pixels on each side of a latent cell."""
 
     def encode_images(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]."""
+        """Scaled, finite latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]."""
 
 
 Progress = Callable[[int, int], None]  # (pictures done, pictures in all)
@@ -185,15 +185,17 @@ def _encode(
     for batch, pictures in _opened_ahead(batches):
         images = torch.stack([picture.pixels for picture in pictures])
         seeds = [latent_seed(picture.content) for picture in pictures]
-        latents = _encode_images(encoder, images, seeds)
-        mirrored = None
-        if any(job.with_flipped for job in batch):
-            mirrored = _encode_images(encoder, images.flip(-1), seeds)
+        try:
+            latents = _encode_images(encoder, images, seeds)
+            mirrored = None
+            if any(job.with_flipped for job in batch):
+                mirrored = _encode_images(encoder, images.flip(-1), seeds)
+        except UserError as error:
+            raise UserError(f"{', '.join(job.record.path for job in batch)}: {error}") from None
         for index, (job, picture) in enumerate(zip(batch, pictures, strict=True)):
             tensors = {"latents": latents[index]}
             if mirrored is not None and job.with_flipped:
                 tensors["flipped"] = mirrored[index]
-            _check_finite(job, tensors)
             if picture.mask is not None and picture.mask.min() < 1:
                 tensors["mask"] = (picture.mask * 255).round().to(torch.uint8)
             yield job, tensors, picture
@@ -220,14 +222,6 @@ def _opened_ahead(batches: list[list[Job]]) -> Iterator[tuple[list[Job], list[Pi
 
 def _open(record: Record) -> Picture:
     return prepare(record.path, record.mask_path, record.subset, record.placement)
-
-
-def _check_finite(job: Job, tensors: dict[str, Tensor]) -> None:
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise UserError(
-            f"{job.record.path}: the VAE makes NaN or infinite latents of this picture. Half "
-            "precision overflows in some VAEs, SDXL's above all: add --no_half_vae"
-        )
 
 
 def _save(job: Job, tensors: dict[str, Tensor], picture: Picture) -> None:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError, features
 
 # Opening files is mostly waiting, on network drives above all.
-_THREADS = 16
-_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_ORIENTATION = 0x0112
+_THREADS = 8
+_ORIENTATION_TAG = 0x0112
 
 
 def _extensions() -> tuple[str, ...]:
@@ -82,7 +81,7 @@ def inspect(path: str) -> PictureInfo:
             if min(image.size) < 1:
                 raise BrokenPicture("has no pixels")
             width, height = image.size
-            if image.getexif().get(_ORIENTATION) in _ROTATED:
+            if orientation(image) >= 5:  # lying on its side
                 width, height = height, width
             has_alpha = image.has_transparency_data
             if not _ends_well(path, image.format):
@@ -98,6 +97,18 @@ def inspect(path: str) -> PictureInfo:
         raise BrokenPicture("may not be read: check its permissions") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
         raise BrokenPicture(f"is damaged or incomplete: {error}") from None
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened picture, from 1 to 8; 1 is the right way up.
+
+    To be asked before the picture is loaded. A PNG's counts if it stands before the pixels: Pillow
+    would decode all of them to look for one behind.
+    """
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1
+    value = image.getexif().get(_ORIENTATION_TAG, 1)
+    return value if value in range(1, 9) else 1
 
 
 def stamp(path: str) -> str:

@@ -94,11 +94,10 @@ class Samples(Dataset[Any]):
         return _stack([self._item(sample, epoch, step) for sample in chosen])
 
     def _batches(self, epoch: int) -> list[list[Sample]]:
-        key = 0 if self.validates else epoch
-        if self._plan is None or self._plan[0] != key:
+        if self._plan is None or self._plan[0] != epoch:
             shuffle = not self.validates
-            plan = plan_epoch(self.groups, self.seed, key, self.num_processes, shuffle)
-            self._plan = (key, plan)
+            plan = plan_epoch(self.groups, self.seed, epoch, self.num_processes, shuffle)
+            self._plan = (epoch, plan)
         return self._plan[1]
 
     def _item(self, sample: Sample, epoch: int, step: int) -> _Item:
