@@ -6,6 +6,7 @@ import math
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,6 +210,8 @@ def test_history_goes_through_json_and_on():
     whole = Report(Options(), 10, 1, is_main=False)
     for step in range(1, 7):
         first.step(step, 1, step / 7, 0.5, {"unet": 0.1}, {"norm/gradient": 1.0})
+    sample = Sample(Prompt("cat", "dog", seed=3), 3, None, 5, Path("sample") / "cat.png")
+    first.pictures([sample])
     second = Report(Options(), 10, 1, is_main=False)
     saved = json.loads(json.dumps(first.history))
     second.restore(saved)
@@ -217,9 +220,11 @@ def test_history_goes_through_json_and_on():
         if step > 6:
             second.step(step, 1, step / 7, 0.5, {"unet": 0.1}, {"norm/gradient": 1.0})
     assert second.series == whole.series
+    assert second.samples == [sample]
     assert second.seconds > saved["seconds"] > 0
     second.restore({})
     assert second.series == {}
+    assert second.samples == []
 
 
 def test_peak_memory_counts_this_process():

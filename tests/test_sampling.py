@@ -116,7 +116,13 @@ def test_training_is_left_as_it_was(sd1, tmp_path):
     model.unet.train()
     model.unet.conv_in.eval()
     before = torch.get_rng_state()
+    modes = set()
+    hook = model.unet.mid_block.register_forward_hook(
+        lambda module, inputs, output: modes.add((module.training, torch.is_grad_enabled()))
+    )
     Sampler(model, options, [prompt("cat", sampler="euler_a")], tmp_path, "run").draw(None, 5)
+    hook.remove()
+    assert modes == {(False, False)}
     assert torch.equal(before, torch.get_rng_state())
     assert model.unet.training
     assert not model.unet.conv_in.training

@@ -6,16 +6,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from library.training.options import Options
+from library.training.prompts import Prompt
+from library.training.sampling import Sample
 from library.training.trackers import Trackers, check_logging, tracker_names
-
-if TYPE_CHECKING:
-    from library.training.sampling import Sample
 
 __all__ = ["Report", "Series", "check_logging", "peak_memory", "tracker_names"]
 
@@ -66,6 +66,7 @@ class Report:
         self.total_epochs = total_epochs
         self.is_main = is_main
         self.series: dict[str, Series] = {}
+        self.samples: list[Sample] = []
         self._trackers = Trackers(options) if is_main else None
         self._bar: tqdm[Any] | None = None
         self._step = 0
@@ -105,7 +106,8 @@ class Report:
         self._record(values, step, epoch, position=step if kind == "step" else epoch)
 
     def pictures(self, samples: Sequence[Sample]) -> None:
-        """Sample pictures were drawn; the trackers show them."""
+        """Sample pictures were drawn; the trackers show them, and the page at the end."""
+        self.samples.extend(samples)
         if self._trackers is not None and samples:
             named = {f"sample_{s.prompt.index}": (s.path, s.prompt.text) for s in samples}
             self._trackers.log_pictures(named, samples[0].step)
@@ -133,7 +135,8 @@ class Report:
     def history(self) -> dict[str, Any]:
         """All that `restore` needs, in JSON's types."""
         series = {name: asdict(series) for name, series in self.series.items()}
-        return {"seconds": self.seconds, "series": series}
+        samples = [{**asdict(sample), "path": str(sample.path)} for sample in self.samples]
+        return {"seconds": self.seconds, "series": series, "samples": samples}
 
     def restore(self, history: Mapping[str, Any]) -> None:
         """Go on from an earlier run's `history`; an empty one changes nothing."""
@@ -141,6 +144,10 @@ class Report:
         self.series = {
             name: Series(**columns) for name, columns in history.get("series", {}).items()
         }
+        self.samples = [
+            Sample(**{**fields, "prompt": Prompt(**fields["prompt"]), "path": Path(fields["path"])})
+            for fields in history.get("samples", [])
+        ]
 
     def _record(self, values: Mapping[str, float], step: int, epoch: int, position: int) -> None:
         for name, value in values.items():

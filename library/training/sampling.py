@@ -96,14 +96,16 @@ class Sampler:
         self.prefix = f"{output_name}_" if output_name else ""
         self.tell = tell
         self.history: list[Sample] = []
-        if start_step == 0:
-            for prompt in self.prompts:
-                self._grid(prompt).unlink(missing_ok=True)
+        self._grids_of_another_run = start_step == 0
 
     def draw(self, epoch: int | None, step: int) -> list[Path]:
         """Draw every prompt and return the files, in the prompts' order."""
         log.info("drawing %d sample picture(s) at step %d", len(self.prompts), step)
         drawn: list[Sample] = []
+        if self._grids_of_another_run:
+            for prompt in self.prompts:
+                self._grid(prompt).unlink(missing_ok=True)
+            self._grids_of_another_run = False
         with torch.no_grad(), ready_to_draw(self.model):
             pipeline: Any = self.model.pipeline()
             pipeline.set_progress_bar_config(disable=True)
