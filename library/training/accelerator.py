@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import random
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-from library.training.errors import UserError
 from library.training.options import Options
+
+log = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -19,17 +23,24 @@ def make_accelerator(options: Options) -> Accelerator:
     handlers = []
     if options.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
-    if options.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError(
-            "--mixed_precision fp16 needs a GPU, and PyTorch finds none here. "
-            "Use --mixed_precision bf16, or no."
-        )
     return Accelerator(
         # Accumulation is the loop's: it knows how many batches the last step of an epoch has.
         gradient_accumulation_steps=1,
         mixed_precision=options.mixed_precision,
         kwargs_handlers=handlers or None,
     )
+
+
+def shared_seed(options: Options) -> int:
+    """The run's seed: `--seed`, or one drawn by chance, the same in every process."""
+    if options.seed is not None:
+        return options.seed
+    drawn = [random.getrandbits(31)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState()  # joins the processes, so that they can agree
+        broadcast_object_list(drawn)
+    log.info("no --seed given: this run uses %d", drawn[0])
+    return drawn[0]
 
 
 def weight_dtype(options: Options) -> torch.dtype:

@@ -227,15 +227,11 @@ def _report_findings(findings: Findings, skip_broken: bool) -> None:
         shown = "".join(f"\n  - {line}" for line in broken)
         findings.notes.append(f"{len(broken)} broken pictures are left out:{shown}")
         broken = []
-    if not findings.problems and not broken:
-        return
-    error = UserError.listing(findings.problems + broken)
     if broken:
-        error = UserError(
-            f"{error}\nRepair, replace or remove these pictures; --skip_broken_images trains "
-            "without them."
-        )
-    raise error
+        advice = "repair, replace or remove such pictures; --skip_broken_images trains without them"
+        broken = [*broken[:-1], f"{broken[-1]}\n    {advice}"]
+    if findings.problems or broken:
+        raise UserError.listing(findings.problems + broken)
 
 
 def _describe(number: int, pictures: PictureSet, validates: bool) -> list[str]:

@@ -43,7 +43,7 @@ def _prompts(options: Options) -> list[str]:
     try:
         read_prompts(options.sample_prompts)
     except UserError as error:
-        return lines_of(error)
+        return error.problems
     return []
 
 
@@ -88,7 +88,7 @@ def open_data(
     try:
         training, validation = TrainingData.open(options)
     except UserError as error:
-        problems.extend(without_repeats(lines_of(error), problems))
+        problems.extend(without_repeats(error.problems, problems))
         return None
     problems.extend(_cached_captions(options, training))
     return training, validation
@@ -113,12 +113,6 @@ def _cached_captions(options: Options, data: TrainingData) -> Iterator[str]:
                 f"{subset.source}: --cache_text_encoder_outputs excludes {', '.join(found)}, "
                 "which make a caption another one each time."
             )
-
-
-def lines_of(error: UserError) -> list[str]:
-    """The problems that `UserError.listing` put together."""
-    head, *rest = str(error).split("\n  - ")
-    return rest or [head]
 
 
 def without_repeats(lines: Iterable[str], problems: list[str]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from library.optim.registry import create_optimizer
 from library.optim.telemetry import optimizer_summary
-from library.training.accelerator import make_accelerator, weight_dtype
+from library.training.accelerator import make_accelerator, shared_seed, weight_dtype
 from library.training.checkpoints import Checkpoints
 from library.training.config import CheckedRun, check
 from library.training.data import TrainingData
@@ -54,13 +53,15 @@ class NetworkTrainer:
         """
         options = args if isinstance(args, Options) else Options.from_namespace(args)
         setup_logging(options)
-        if options.seed is None:
-            options.seed = random.getrandbits(31)
-            log.info("no --seed given: this run uses %d", options.seed)
+        options.seed = shared_seed(options)
         run = check(options, sdxl=self.sdxl)
         options = run.options
         for note in run.notes:
             log.info("%s", note)
+        if options.debug_dataset:
+            for line in run.train_data.debug_lines(options):
+                print(line)
+            return True
         accelerator = make_accelerator(options)
         set_seed(options.seed)
         model = load_model(options, self.sdxl, weight_dtype(options), accelerator.device)
