@@ -45,22 +45,21 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     ),
     "adafactor": (),
 }
-# In these libraries' optimization modules. diffusers is loaded anyway; transformers' module takes
-# seconds to import, so only what diffusers doesn't have comes from there.
-DIFFUSERS_FUNCTIONS = {
-    "constant": "get_constant_schedule",
-    "constant_with_warmup": "get_constant_schedule_with_warmup",
-    "linear": "get_linear_schedule_with_warmup",
-    "cosine": "get_cosine_schedule_with_warmup",
-    "cosine_with_restarts": "get_cosine_with_hard_restarts_schedule_with_warmup",
-    "polynomial": "get_polynomial_decay_schedule_with_warmup",
-    "piecewise_constant": "get_piecewise_constant_schedule",
-}
-TRANSFORMERS_FUNCTIONS = {
-    "inverse_sqrt": "get_inverse_sqrt_schedule",
-    "cosine_with_min_lr": "get_cosine_with_min_lr_schedule_with_warmup",
-    "warmup_stable_decay": "get_wsd_schedule",
-    "adafactor": "AdafactorSchedule",
+# transformers has all of them but one; stock takes them from there too.
+FUNCTIONS = {
+    "constant": "transformers.optimization.get_constant_schedule",
+    "constant_with_warmup": "transformers.optimization.get_constant_schedule_with_warmup",
+    "linear": "transformers.optimization.get_linear_schedule_with_warmup",
+    "cosine": "transformers.optimization.get_cosine_schedule_with_warmup",
+    "cosine_with_restarts": (
+        "transformers.optimization.get_cosine_with_hard_restarts_schedule_with_warmup"
+    ),
+    "polynomial": "transformers.optimization.get_polynomial_decay_schedule_with_warmup",
+    "piecewise_constant": "diffusers.optimization.get_piecewise_constant_schedule",
+    "inverse_sqrt": "transformers.optimization.get_inverse_sqrt_schedule",
+    "cosine_with_min_lr": "transformers.optimization.get_cosine_with_min_lr_schedule_with_warmup",
+    "warmup_stable_decay": "transformers.optimization.get_wsd_schedule",
+    "adafactor": "transformers.optimization.AdafactorSchedule",
 }
 
 
@@ -214,10 +213,8 @@ def _schedule_name(lr_scheduler: str) -> str:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    if name in DIFFUSERS_FUNCTIONS:
-        module, function = "diffusers.optimization", DIFFUSERS_FUNCTIONS[name]
-    else:
-        module, function = "transformers.optimization", TRANSFORMERS_FUNCTIONS[name]
+    """Imported only when asked for: a check that finds nothing to ask stays fast."""
+    module, _, function = FUNCTIONS[name].rpartition(".")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers.utils import logging as transformers_logging
 
 from library.training.clip_tokenizer import clip_tokenizer
 from library.training.errors import UserError
@@ -41,6 +45,21 @@ class Parts:
     tokenizers: list[Any]
     scheduler_config: dict[str, Any]
     configs: Path
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the libraries' progress bars and hints about their own loaders off the console."""
+    verbosity = diffusers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -138,12 +157,12 @@ def load_file(path: Path, map_file: bool, precision: Precision) -> tuple[Parts, 
             read_json(configs / "scheduler" / "scheduler_config.json"),
             configs,
         )
+    except NotImplementedError as error:  # weights left on the meta device cannot be cast
+        raise UserError(f"{path} lacks some of the model's weights") from error
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
             f"{path} does not hold the model that {configs} describes: {error}"
         ) from error
-    for part in (parts.unet, parts.vae, *parts.text_encoders):
-        require_all_weights(part, path)
     if V_PREDICTION_MARK in checkpoint:
         parts.scheduler_config["prediction_type"] = "v_prediction"
     return parts, kind
@@ -185,14 +204,13 @@ def load_vae(name: str, configs: Path, dtype: torch.dtype) -> Any:
     path = Path(name).expanduser()
     try:
         if path.is_file():
-            checkpoint = read_checkpoint(path)
-            vae = _from_checkpoint(AutoencoderKL, checkpoint, configs, "vae", dtype)
-            require_all_weights(vae, path)
-            return vae
+            return _from_checkpoint(AutoencoderKL, read_checkpoint(path), configs, "vae", dtype)
         if path.is_dir():
             subfolder = None if (path / "config.json").is_file() else "vae"
             return AutoencoderKL.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)
         return _vae_from_hub(name, dtype)
+    except NotImplementedError as error:  # as in load_file
+        raise UserError(f"--vae: {name} lacks some of the VAE's weights") from error
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"--vae: {name} cannot be loaded: {error}") from error
 
@@ -244,12 +262,3 @@ def _tokenizers(kind: Kind, configs: Path) -> list[Any]:
         ]
     padded_with_end = {"sd1": (True,), "sd2": (False,), "sdxl": (True, False)}[kind]
     return [clip_tokenizer() if padded else clip_tokenizer("!") for padded in padded_with_end]
-
-
-def require_all_weights(part: nn.Module, path: Path) -> None:
-    """UserError where the file left some of a part's weights unset."""
-    unset = [name for name, tensor in part.state_dict().items() if tensor.is_meta]
-    if unset:
-        raise UserError(
-            f"{path} lacks {len(unset)} tensors of the {type(part).__name__}, {unset[0]} for one"
-        )

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from library.training.errors import UserError
@@ -34,6 +30,7 @@ from library.training.model_loading import (
     load_file,
     load_folder,
     load_vae,
+    quietly,
 )
 from library.training.noise import PredictionType
 from library.training.options import Options
@@ -121,19 +118,6 @@ class DiffusionModel:
         ).sample
         return prediction
 
-    def enable_gradient_checkpointing(self, text_encoders: bool) -> None:
-        """Recompute activations in the backward pass; in the text encoders too if they train.
-
-        CLIP checkpoints in training mode only, which changes nothing else: it has no dropout.
-        """
-        self.unet.enable_gradient_checkpointing()
-        self.unet.train()
-        if text_encoders:
-            for encoder in self.text_encoders:
-                # Not the re-entrant kind: that would need inputs that require gradients.
-                encoder.gradient_checkpointing_enable({"use_reentrant": False})
-                encoder.train()
-
     def pipeline(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """A diffusers pipeline over the same modules, without a safety checker."""
         parts: dict[str, Any] = {
@@ -166,9 +150,10 @@ def load_model(
     """
     source = find_model(options)
     precision = Precision(dtype, torch.float32 if options.no_half_vae else dtype)
-    parts, kind = _load_parts(source, options, sdxl, precision)
-    if options.vae:
-        parts.vae = load_vae(options.vae, parts.configs, precision.vae)
+    with quietly():
+        parts, kind = _load_parts(source, options, sdxl, precision)
+        if options.vae:
+            parts.vae = load_vae(options.vae, parts.configs, precision.vae)
     _check_clip_skip(parts, kind, options)
     model = DiffusionModel(
         kind,
