@@ -308,6 +308,14 @@ def test_metadata_from_the_command_line(tmp_path: Path) -> None:
     (subset,) = spec.subsets
     assert (subset.metadata_file, subset.image_dir) == (options.in_json, str(tmp_path))
     assert subset.num_repeats == 3
+    with pytest.raises(UserError, match="--in_json nowhere: there is no such file"):
+        read_datasets(options_for(tmp_path, in_json="nowhere"))
+
+
+def test_mistakes_of_the_command_line_are_not_told_as_the_configs(folder: Path) -> None:
+    write_folder(folder / "1_cat", 1)
+    with pytest.raises(UserError, match=r"^the dataset: min_bucket_reso 256 is above"):
+        read_datasets(options_for(folder, enable_bucket=True))
 
 
 def test_bad_values_on_the_command_line(folder: Path) -> None:

@@ -119,11 +119,10 @@ def read_datasets(options: Options) -> list[DatasetSpec]:
     """The datasets that the options describe; UserError lists everything that is wrong."""
     problems: list[str] = []
     notes: list[str] = []
-    tables, general, where = _tables(options, problems, notes)
+    tables, general = _tables(options, problems, notes)
     defaults = {**_command_line(options, problems), **general}
     datasets = [
-        _dataset(table, defaults, f"{where}datasets[{index}]", options, problems, notes)
-        for index, table in enumerate(tables)
+        _dataset(table, defaults, where, options, problems, notes) for where, table in tables
     ]
     if problems:
         raise UserError.listing(problems)
@@ -132,51 +131,55 @@ def read_datasets(options: Options) -> list[DatasetSpec]:
     return [dataclasses.replace(specs[0], notes=specs[0].notes + tuple(notes)), *specs[1:]]
 
 
+# The table of each dataset, and how messages name its place.
+Tables = list[tuple[str, Mapping[str, Any]]]
+
+
 def _tables(
     options: Options, problems: list[str], notes: list[str]
-) -> tuple[list[Mapping[str, Any]], dict[str, Any], str]:
-    """The tables of the datasets, the values of [general], and how messages name their place."""
+) -> tuple[Tables, dict[str, Any]]:
+    """The tables of the datasets, and the values of [general]."""
     if options.dataset_config is not None:
         _note_ignored(options, notes)
         return _config_tables(Path(options.dataset_config), problems)
+    subsets: list[dict[str, Any]] = []
+    folder = options.train_data_dir
     if options.in_json is not None:
-        subset = {"metadata_file": options.in_json}
-        if options.train_data_dir is not None:
-            subset["image_dir"] = options.train_data_dir
-        return [{"subsets": [subset]}], {}, "--in_json: "
-    if options.train_data_dir is None:
+        if not os.path.isfile(options.in_json):
+            problems.append(missing("--in_json", options.in_json, "file"))
+        elif folder is not None and not os.path.isdir(folder):
+            problems.append(missing("--train_data_dir", folder, "folder"))
+        else:
+            named = {"image_dir": folder} if folder is not None else {}
+            subsets.append({"metadata_file": options.in_json, **named})
+    elif folder is not None:
+        subsets += numbered_folders("--train_data_dir", folder, False, problems, notes)
+        subsets += numbered_folders("--reg_data_dir", options.reg_data_dir, True, problems, notes)
+    else:
         problems.append(
             "there is nothing to train on: give --dataset_config, or --train_data_dir with folders "
             "of pictures in it, or --in_json"
         )
-        return [], {}, ""
-    subsets = [
-        *numbered_folders("--train_data_dir", options.train_data_dir, False, problems, notes),
-        *numbered_folders("--reg_data_dir", options.reg_data_dir, True, problems, notes),
-    ]
-    return [{"subsets": subsets}] if subsets else [], {}, "folders: "
+    return [("the dataset", {"subsets": subsets})] if subsets else [], {}
 
 
-def _config_tables(
-    path: Path, problems: list[str]
-) -> tuple[list[Mapping[str, Any]], dict[str, Any], str]:
+def _config_tables(path: Path, problems: list[str]) -> tuple[Tables, dict[str, Any]]:
     config = read_table(path)
-    where = f"{path}: "
-    general = read_level(config.get("general", {}), Level.GENERAL, f"{where}general", problems)
+    general = read_level(config.get("general", {}), Level.GENERAL, f"{path}: general", problems)
     for name in sorted(config.keys() - {"general", "datasets"}):
         problems.append(
-            f"{where}{name} does not belong at the top level: the sections are [general], "
+            f"{path}: {name} does not belong at the top level: the sections are [general], "
             "[[datasets]] and [[datasets.subsets]]"
         )
     tables = config.get("datasets", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         problems.append(
-            f"{where}datasets: write [[datasets]] in double brackets (a list of tables)"
+            f"{path}: datasets: write [[datasets]] in double brackets (a list of tables)"
         )
         tables = []
     elif not tables:
-        problems.append(f"{where}there is no [[datasets]] with [[datasets.subsets]] in it")
-    return tables, general, where
+        problems.append(f"{path}: there is no [[datasets]] with [[datasets.subsets]] in it")
+    return [(f"{path}: datasets[{index}]", table) for index, table in enumerate(tables)], general
 
 
 def _command_line(options: Options, problems: list[str]) -> dict[str, Any]:
@@ -245,7 +248,7 @@ def _dataset(
     if tables and not subsets and len(problems) == before:
         problems.append(f"{where}: every subset has num_repeats 0, so there is nothing to train on")
     if values.get("resolution") is None:
-        problems.append(f"{where}: no resolution is set: give one there or as --resolution")
+        problems.append(f"{where}: no resolution is set: give --resolution, or resolution there")
     if len(problems) > before:
         return None
     spec = _fill(DatasetSpec, values, subsets=tuple(subsets.values()))
