@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.training.epochs import Group, Sample, batch_count, plan_epoch, share
@@ -18,6 +18,7 @@ def groups_of(*counts: int, batch_size: int = 3) -> list[Group]:
     ]
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(
     counts=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     batch_size=st.integers(1, 4),
