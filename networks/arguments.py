@@ -209,12 +209,15 @@ def read_arguments(
     dim = 4 if network_dim is None else network_dim
     alpha = 1.0 if network_alpha is None else float(network_alpha)
     lycoris = module == "networks.kohya"
+    conv_alpha = options.get("conv_alpha")
+    if conv_alpha is None or (lycoris and not conv_alpha):
+        conv_alpha = alpha if lycoris else 1.0
     return NetworkArguments(
         algorithm=_algorithm(module, options),
         dim=dim,
         alpha=alpha or float(dim),
         conv_dim=options.get("conv_dim", dim if lycoris else None),
-        conv_alpha=options.get("conv_alpha") or (alpha if lycoris else 1.0),
+        conv_alpha=conv_alpha,
         dropout=options.get("dropout", neuron_dropout or 0.0),
         options=options,
     )

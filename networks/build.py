@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from lycoris.logging import logger as lycoris_log
 from lycoris.modules.base import LycorisBaseModule
 from lycoris.modules.norms import NormModule
 from lycoris.wrapper import network_module_dict
@@ -21,6 +22,10 @@ from networks.presets import Selection, preset_selection, stock_selection
 from networks.weights import adapters_from_weights, read_weights
 
 log = logging.getLogger(__name__)
+
+# What LyCORIS has to say goes where everything else is logged, instead of to stdout in colours.
+lycoris_log.handlers.clear()
+lycoris_log.propagate = True
 
 MODULE_CLASSES: dict[str, type[LycorisBaseModule]] = network_module_dict | OUR_CLASSES
 

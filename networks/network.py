@@ -147,7 +147,7 @@ class AdapterNetwork(nn.Module):
             rates: list[float | None] = [text_encoder_lr]
         else:
             rates = list(text_encoder_lr) or [None]
-        if len(rates) > max(len(parts), 1):
+        if parts and len(rates) > len(parts):
             raise UserError(
                 f"--text_encoder_lr has {len(rates)} values, but the network trains "
                 f"{len(parts)} text encoder(s)."
@@ -198,14 +198,11 @@ class AdapterNetwork(nn.Module):
         self, max_norm_value: float, device: torch.device | str | None = None
     ) -> tuple[int, float, float]:
         """`--scale_weight_norms`: how many were scaled down, mean norm, greatest norm."""
-        results = [
-            lora.apply_max_norm(max_norm_value, device)
-            for lora in self.loras
-            if hasattr(lora, "apply_max_norm")
-        ]
-        if not results:
+        results = [lora.apply_max_norm(max_norm_value, device) for lora in self.loras]
+        # Norms have no product of factors; LyCORIS answers None for them.
+        norms = [float(norm) for _, norm in results if norm is not None]
+        if not norms:
             return 0, 0.0, 0.0
-        norms = [float(norm) for _, norm in results]
         return sum(bool(scaled) for scaled, _ in results), sum(norms) / len(norms), max(norms)
 
     def enable_gradient_checkpointing(self) -> None:
