@@ -1,22 +1,25 @@
-"""Training runs as a user starts them: real processes on the model that ships."""
+"""Training runs as a user starts them: real processes, on a tiny SD 1.x model."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from safetensors.torch import load_file
+from tiny_models import save_tiny_model
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
-BASE_MODEL = ROOT / "assets" / "base_model"
 IMAGES = ROOT / "configs" / "quickstart" / "images"
 
-# A short run on eight of the quickstart's pictures; tests add to it or override it.
+# A short run; tests add to it or override it.
 SHORT: dict[str, object] = {
-    "pretrained_model_name_or_path": BASE_MODEL,
     "network_module": "networks.lora",
     "network_dim": 4,
     "network_alpha": 4,
@@ -27,6 +30,14 @@ SHORT: dict[str, object] = {
     "output_name": "short",
     "max_train_steps": 4,
 }
+
+
+@cache
+def model() -> Path:
+    """The tiny model as a diffusers folder, the same for all tests of a session."""
+    folder = Path(tempfile.mkdtemp(prefix="hina-tiny-"))
+    atexit.register(shutil.rmtree, folder)
+    return save_tiny_model("sd1", folder / "sd1")
 
 
 def write_dataset(folder: Path, batch_size: int = 2, pictures: int = 7, extra: str = "") -> Path:
@@ -73,12 +84,17 @@ def arguments(**options: object) -> list[str]:
 
 
 def command(**options: object) -> list[str]:
-    """The command line of a SHORT run with `options`."""
-    return [sys.executable, "train_network.py", *arguments(**(SHORT | options))]
+    """The command line of a short run with `options`."""
+    return [sys.executable, "train_network.py", *words(**options)]
+
+
+def words(**options: object) -> list[str]:
+    """The options of a short run, changed by `options`, as words of a command line."""
+    return arguments(**({"pretrained_model_name_or_path": model()} | SHORT | options))
 
 
 def environment() -> dict[str, str]:
-    return dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="2", HF_HUB_OFFLINE="1")
+    return dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
 
 def train(**options: object) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, SHORT, arguments, environment, same_weights, train, write_dataset
+from runs import ROOT, environment, same_weights, train, words, write_dataset
 from safetensors.torch import load_file
 
 from library.training.cpu_processes import processes_asked_for
@@ -21,24 +21,24 @@ import os, sys
 import train_network
 from library.training.checkpoints import Checkpoints
 
-rank = os.environ["RANK"]
 at_end = Checkpoints.at_end
 
 def at_end_of_every_rank(self, step, epoch):
-    self.options.output_name = f"rank{rank}"
+    self.is_main = True
+    self.options.output_name = f"rank{os.environ['RANK']}"
     return at_end(self, step, epoch)
 
 Checkpoints.at_end = at_end_of_every_rank
-sys.exit(train_network.main(sys.argv[1:]))
+sys.exit(train_network.main())
 """
 
 
 def launch_two(tmp_path: Path, **options: object) -> None:
     script = tmp_path / "every_rank.py"
     script.write_text(WRITES_EVERY_RANK)
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     finished = subprocess.run(
-        [*words, str(script), *arguments(**(SHORT | options))],
+        [*launch, str(script), *words(**options)],
         cwd=ROOT,
         env=environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -101,7 +101,7 @@ assert half.grad.dtype == torch.bfloat16 and half.grad.tolist() == [0.5] * 3, ha
 
 
 @pytest.mark.parametrize(
-    ("words", "count"),
+    ("command", "count"),
     [
         ("accelerate launch --num_processes 2 --cpu train_network.py", 2),
         ("accelerate launch --cpu --num-processes=3 train_network.py", 3),
@@ -110,5 +110,5 @@ assert half.grad.dtype == torch.bfloat16 and half.grad.tolist() == [0.5] * 3, ha
         ("", 1),
     ],
 )
-def test_processes_asked_of_the_launcher(words: str, count: int) -> None:
-    assert processes_asked_for(words.split()) == count
+def test_processes_asked_of_the_launcher(command: str, count: int) -> None:
+    assert processes_asked_for(command.split()) == count

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, SHORT, arguments, environment, write_dataset
+from runs import ROOT, environment, words, write_dataset
 
 import train_network
 from library.training import trainer
@@ -25,7 +25,7 @@ def _no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answer(capsys: pytest.CaptureFixture[str], **options: object) -> str:
     """What a run with this mistake says."""
-    assert train_network.main(arguments(**(SHORT | options))) == 2
+    assert train_network.main(words(**options)) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert said.count("error: ") == 1
@@ -33,9 +33,9 @@ def answer(capsys: pytest.CaptureFixture[str], **options: object) -> str:
 
 
 def test_the_options_are_right_but_for_the_mistake(tmp_path: Path) -> None:
-    options = SHORT | {"dataset_config": write_dataset(tmp_path / "d"), "output_dir": tmp_path}
+    dataset = write_dataset(tmp_path / "d")
     with pytest.raises(AssertionError, match="the model was loaded"):
-        train_network.main(arguments(**options))
+        train_network.main(words(dataset_config=dataset, output_dir=tmp_path))
 
 
 def test_missing_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +72,7 @@ def test_unknown_option_in_the_config_file(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "expected"),
     [
         ({"optimizer_type": "HinaAdmW"}, ["HinaAdmW", "HinaAdamW"]),
         ({"optimizer_args": ["use_spdd=False"]}, ["use_spdd", "use_spd"]),
@@ -90,11 +90,11 @@ def test_misspelt_and_impossible_values(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     options: dict[str, object],
-    words: list[str],
+    expected: list[str],
 ) -> None:
     base = {"dataset_config": write_dataset(tmp_path / "d"), "output_dir": tmp_path}
     said = answer(capsys, **(base | options))
-    for word in words:
+    for word in expected:
         assert word in said
 
 
