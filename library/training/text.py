@@ -67,7 +67,7 @@ class TextEncoding:
     """The text side of training: captions in, embeddings out.
 
     Text encoders that are not trained run without gradients, and with `cache_text_encoder_outputs`
-    (or `…_to_disk`) once a caption: its embeddings are kept in memory.
+    once a caption: its embeddings are kept in memory.
     """
 
     def __init__(self, model: DiffusionModel, options: Options, trains_text_encoder: bool) -> None:
@@ -127,7 +127,7 @@ def _encode(
         tokens, weights = tokenize(tokenizer, text_encoder, captions, chunks, weighted)
         output = text_encoder(
             tokens.flatten(0, 1).to(next(text_encoder.parameters()).device),
-            output_hidden_states=True,
+            output_hidden_states=model.kind == "sdxl" or options.clip_skip is not None,
         )
         states = _chosen_layer(output, text_encoder, model.kind, options.clip_skip)
         states = _join_chunks(states.unflatten(0, tokens.shape[:2]))
