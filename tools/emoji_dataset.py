@@ -49,9 +49,9 @@ TEXT = re.compile(
 # fmt: off
 QUICKSTART_NAMES = [
     "cat", "dog-face", "elephant", "fish", "butterfly", "owl", "snail", "turtle", "rabbit-face",
-    "red-apple", "banana", "cherries", "hamburger", "pizza", "birthday-cake", "ice-cream", "mushroom",
-    "house", "automobile", "bicycle", "airplane", "sailboat", "umbrella", "key", "guitar", "hammer",
-    "grinning-face", "smiling-face-with-sunglasses", "ghost", "robot",
+    "red-apple", "banana", "cherries", "hamburger", "pizza", "birthday-cake", "ice-cream",
+    "mushroom", "house", "automobile", "bicycle", "airplane", "sailboat", "umbrella", "key",
+    "guitar", "hammer", "grinning-face", "smiling-face-with-sunglasses", "ghost", "robot",
 ]
 QUICKSTART_HELD_OUT_NAMES = [
     "pear", "penguin", "rocket", "light-bulb", "hot-beverage", "crying-face",
