@@ -6,9 +6,12 @@ import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -79,7 +82,7 @@ def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
     Sennrich et al. 2016, arXiv:1508.07909, algorithm 1. `words`: how often each occurs.
     """
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in pieces.items():
@@ -124,7 +127,7 @@ def save_pipeline(
     tokenizer: CLIPTokenizer,
 ) -> None:
     """Writes the diffusers layout in float16; `folder/tokenizer` has its vocabulary already."""
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=copy.deepcopy(vae),
         unet=copy.deepcopy(unet),
         text_encoder=copy.deepcopy(text_encoder),

@@ -23,6 +23,7 @@ import string
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from base_model_parts import (
     make_vae,
     save_pipeline,
 )
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from emoji_dataset import Picture, load_training_pictures
 from torch import Tensor
@@ -71,14 +72,14 @@ class Workers:
         if self.rank == 0:
             print(message, flush=True)
 
-    def for_training(self, module: Module) -> Module:
+    def for_training(self, module: Any) -> None:
         """To the device; on CPUs with plain attention: the fused one's backward is slow there."""
         if self.device.type == "cpu":
             if isinstance(module, CLIPTextModel):
                 module.set_attn_implementation("eager")
             else:
                 module.set_attn_processor(AttnProcessor())
-        return module.to(self.device).train()
+        module.to(self.device).train()
 
 
 class AveragedWeights:
@@ -262,8 +263,9 @@ def train_diffusion(
     average = AveragedWeights(model, decay=0.999)
     torch.manual_seed(1000 * args.seed + workers.rank)
 
-    latents = encode(vae, pixels, workers) * vae.config.scaling_factor
-    alphas_cumprod = make_scheduler().alphas_cumprod.to(workers.device)
+    latents = encode(vae, pixels, workers) * vae.config["scaling_factor"]
+    schedule: Any = make_scheduler()
+    alphas_cumprod = schedule.alphas_cumprod.to(workers.device)
     weights = timestep_weights(alphas_cumprod)
     index = batches(len(pictures), args.batch_size, workers, seed=2 + args.seed)
     rng = random.Random(1000 * args.seed + workers.rank)
@@ -284,9 +286,9 @@ def train_diffusion(
         return (weights[t] * errors).mean()
 
     def save(folder: Path) -> None:
-        averaged = copy.deepcopy(model)
-        average.copy_to(averaged)
-        save_pipeline(folder, vae, averaged[0], averaged[1], tokenizer)
+        averaged = copy.deepcopy((unet, text_encoder))
+        average.copy_to(torch.nn.ModuleList(averaged))
+        save_pipeline(folder, vae, *averaged, tokenizer)
 
     def after_step(step: int) -> None:
         average.update(step)

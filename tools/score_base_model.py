@@ -14,11 +14,12 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
 from emoji_dataset import Picture, load_training_pictures
 from PIL import Image, ImageDraw
 
@@ -38,15 +39,13 @@ NOVEL_PROMPTS = [  # captions that no training picture has
 ]
 
 
-def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+def load_pipeline(folder: Path) -> Any:
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def draw(
-    pipeline: StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float
-) -> Pixels:
+def draw(pipeline: Any, prompts: list[str], steps: int, guidance: float) -> Pixels:
     """A 64×64 picture for each prompt; the n-th prompt starts from seed n."""
     pictures = []
     for start in range(0, len(prompts), 25):
