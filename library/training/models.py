@@ -203,10 +203,7 @@ def _prediction_type(source: ModelSource, parts: Parts, options: Options) -> Pre
 
 
 def _check_clip_skip(parts: Parts, kind: Kind, options: Options) -> None:
-    if options.clip_skip is None:
-        return
-    if kind == "sdxl":
-        log.warning("--clip_skip has no effect on SDXL, which is trained on the last layer but one")
+    if options.clip_skip is None or kind == "sdxl":  # SDXL always takes the last layer but one
         return
     layers = parts.text_encoders[0].config.num_hidden_layers
     if not 1 <= options.clip_skip <= layers:
