@@ -64,7 +64,7 @@ class Checkpoints:
             self._remove_older(step, every, keep, self._step_state)
 
     def at_epoch(self, step: int, epoch: int) -> None:
-        """Save if `--save_every_n_epochs` says so; the last epoch, of `total_epochs`, is `at_end`'s."""
+        """Save if `--save_every_n_epochs` says so; the last epoch is left to `at_end`."""
         every = self.epoch_interval()
         if not every or epoch % every or epoch >= self.total_epochs:
             return

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.optim.engine import NonFiniteGradientError
 from library.optim.telemetry import optimizer_report
 from library.training.checkpoints import Checkpoints
 from library.training.data import Batch, TrainingData
-from library.training.errors import UserError
 from library.training.interrupt import Interrupt
 from library.training.network import Adapter
+from library.training.nonfinite import NonFiniteError
 from library.training.objective import Objective
 from library.training.options import Options
 from library.training.processes import average_gradients, gather, mean_over_processes
@@ -36,10 +37,6 @@ from library.training.state import (
 from library.training.validation import Validation
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteError(UserError):
-    """Loss, gradients or weights are NaN or infinite; the last good files are untouched."""
 
 
 @dataclass
@@ -151,7 +148,7 @@ class Loop:
         try:
             self.optimizer.step()
         except NonFiniteGradientError as error:  # nothing was changed
-            raise NonFiniteError(self._non_finite_message(step, str(error), paths)) from error
+            raise self._non_finite(step, paths, str(error)) from error
         if not self.optimizer.step_was_skipped:  # fp16: the scaler skips while it finds its scale
             self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -241,25 +238,14 @@ class Loop:
         }
 
     def _stop_unless_finite(self, value: float, step: int, paths: list[str]) -> None:
-        if value - value == 0:  # neither NaN nor infinite
-            return
-        bad = [name for name, p in self.adapter.network.named_parameters() if _bad(p)]
-        bad += [f"{name} (gradient)" for name, p in self._named() if _bad(p.grad)]
-        named = f"Not finite: {', '.join(bad[:5])}" + (f" and {len(bad) - 5} more" * (len(bad) > 5))
-        raise NonFiniteError(self._non_finite_message(step, named if bad else "", paths))
+        if not math.isfinite(value):
+            raise self._non_finite(step, paths)
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.adapter.network.named_parameters()
-
-    def _non_finite_message(self, step: int, detail: str, paths: list[str]) -> str:
-        shown = ", ".join(dict.fromkeys(paths))
-        return (
-            f"Training stopped at step {step}: loss or gradients are NaN or infinite. {detail}\n"
-            f"Pictures of the batch: {shown}\n"
-            "Nothing was saved after the last good file. What helps: a lower --learning_rate, "
-            "--no_half_vae with an fp16 model, --mixed_precision bf16 instead of fp16, or leaving "
-            "out the pictures named here."
-        )
+    def _non_finite(self, step: int, paths: list[str], detail: str = "") -> NonFiniteError:
+        # The figure was common to all processes, so all are here and can tell their pictures.
+        everyones: Any = gather(paths, self.accelerator)
+        pictures = [path for each in everyones for path in each]
+        return NonFiniteError.at(step, pictures, self.adapter.network, detail)
 
     def state(self) -> TrainingState:
         """Everything needed to go on from here, bit for bit. Every process must call it."""
@@ -288,6 +274,8 @@ class Loop:
         """Go on from `state`: weights, optimizer, schedule, generators and position."""
         self.adapter.load_training_state(state.network)
         self.bare_optimizer.load_state_dict(state.optimizer)
+        if evaluates(self.bare_optimizer):
+            self.bare_optimizer.train()  # type: ignore[attr-defined]  # saved as it is for use
         self.lr_scheduler.load_state_dict(state.lr_scheduler)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -310,17 +298,16 @@ class Loop:
             self.progress.index = 0
 
 
-def _bad(tensor: Tensor | None) -> bool:
-    return tensor is not None and not bool(torch.isfinite(tensor).all())
+def evaluates(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer has other weights for use than for training (schedule-free ones do)."""
+    return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
 
 
 @contextmanager
 def optimizer_evaluates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Schedule-free optimizers keep other weights for use than for training."""
-    if not (hasattr(optimizer, "train") and hasattr(optimizer, "eval")):
-        with nullcontext():
-            yield
-        return
-    optimizer.eval()
+    """Give the parameters their values for use, then those for training again."""
+    if evaluates(optimizer):
+        optimizer.eval()  # type: ignore[attr-defined]
     yield
-    optimizer.train()
+    if evaluates(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]

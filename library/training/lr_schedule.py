@@ -83,6 +83,9 @@ def make_lr_scheduler(options: Options, optimizer: Optimizer, total_steps: int) 
         made: LRScheduler = make(optimizer, **arguments)
         return made
     name, _, initial_lr = options.lr_scheduler.partition(":")
+    if optimizer.defaults.get("relative_step") and name != "adafactor":
+        log.info("Adafactor chooses its own step size: its schedule only reports it, as in stock")
+        name = "adafactor"
     if name == "adafactor":
         arguments["initial_lr"] = float(initial_lr or options.learning_rate)
     arguments = _figures(name, options, total_steps) | arguments

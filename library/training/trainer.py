@@ -143,6 +143,7 @@ def assemble(
         loop.restore(load_state(Path(options.resume)))
         log.info("resumed %s: going on after step %d", options.resume, loop.progress.step)
     set_start(loop)
+    check_steps_left(loop)
     loop.checkpoints = _checkpoints(loop, run, model.kind, optimizer_text)
     loop.sampler = _sampler(loop, model)
     return loop
@@ -160,15 +161,21 @@ def set_start(loop: Loop) -> None:
         first = (options.initial_epoch - 1) * per_epoch
     if not first:
         return
-    if first >= options.max_train_steps:
-        raise UserError(
-            f"the run would begin at step {first} (--initial_step, --initial_epoch) and end at "
-            f"{options.max_train_steps} (--max_train_steps, --max_train_epochs): nothing is left."
-        )
     loop.progress.step = first
     loop.progress.epoch, done = divmod(first, per_epoch)
     skips = options.skip_until_initial_step
     loop.progress.index = done * options.gradient_accumulation_steps if skips else 0
+
+
+def check_steps_left(loop: Loop) -> None:
+    """UserError if the run would begin (by --resume, --initial_…) where it ends."""
+    first, last = loop.progress.step, loop.options.max_train_steps
+    if first >= last:
+        raise UserError(
+            f"the run would begin after step {first} (--resume, --initial_step, --initial_epoch) "
+            f"and end at {last} (--max_train_steps, --max_train_epochs): nothing is left to do. "
+            "These count from the run's very beginning; raise them to train on."
+        )
 
 
 def steps_per_epoch(data: TrainingData, options: Options, accelerator: Accelerator) -> int:
