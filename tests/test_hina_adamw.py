@@ -235,6 +235,15 @@ def test_parameters_without_gradient_stay_as_they_are():
     optimizer.step()  # nothing to do
 
 
+def test_looking_at_the_state_before_a_step_does_no_harm():
+    params = lokr_parameters()
+    optimizer = HinaAdamWOptimizer(params.items())
+    assert optimizer.state[params["z.weight"]] == {}
+    set_gradients(params)
+    optimizer.step()
+    assert optimizer.state[params["z.weight"]]["step"] == 1
+
+
 def test_gradients_are_not_changed():
     params = lokr_parameters()
     optimizer = HinaAdamWOptimizer(params.items(), use_orthogonal_grad=True)
@@ -321,11 +330,11 @@ def test_small_decay_acts_on_low_precision(dtype):
         p = nn.Parameter(torch.ones(4000, dtype=dtype))
         optimizer = HinaAdamWOptimizer([("x.weight", p)], use_spd=False, bf16_rounding=rounding)
         p.grad = torch.zeros_like(p)
-        for _ in range(201):  # the first step of ADOPT only looks
+        for _ in range(101):  # the first step of ADOPT only looks
             optimizer.step()
         shrunk[rounding] = 1 - p.float().mean().item()
     assert shrunk["nearest"] == 0
-    assert shrunk["stochastic"] == pytest.approx(1 - (1 - 1e-5) ** 200, rel=0.1)
+    assert shrunk["stochastic"] == pytest.approx(1 - (1 - 1e-5) ** 100, rel=0.1)
 
 
 def test_state_is_small():
@@ -344,9 +353,9 @@ def test_eight_bits_reach_the_same_minimum(switches):
     final = {}
     for bits in (8, 32):
         p = nn.Parameter(torch.zeros(64, 80))
-        optimizer = HinaAdamWOptimizer([("x.weight", p)], lr=1e-2, optim_bits=bits, **switches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
-        for step in range(150):
+        optimizer = HinaAdamWOptimizer([("x.weight", p)], lr=3e-2, optim_bits=bits, **switches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+        for step in range(100):
             noise = torch.randn(64, 80, generator=torch.Generator().manual_seed(step))
             p.grad = (p.detach() - target + 0.1 * noise) * scale
             optimizer.step()

@@ -111,6 +111,17 @@ def test_other_groups_continue_bit_for_bit_by_name(caplog):
     assert equal(values(params), straight_run())
 
 
+def test_grouping_changes_no_bit():
+    params = make_parameters()
+    names = list(params)
+    groups = [
+        {"params": [params[name] for name in some], "named": some}
+        for some in (names[3:], names[:1], names[1:3])
+    ]
+    train(HinaAdamWOptimizer(groups, lr=1e-2, min_8bit_size=300), params, range(8))
+    assert equal(values(params), straight_run())
+
+
 def test_without_names_the_order_counts():
     params = make_parameters()
     with pytest.warns(UserWarning, match="no parameter names"):
@@ -247,6 +258,13 @@ def test_layout_gathers_splits_and_sums(some):
     assert sums.tolist() == pytest.approx([tensor.sum().item() for tensor in tensors], rel=1e-6)
     positions = layout.split(layout.position, [tensor.shape for tensor in tensors])
     assert all(torch.equal(got, torch.arange(len(got))) for got in positions)
+
+
+def test_sums_of_large_tensors_are_exact_to_float32():
+    x = torch.full((3_000_000,), 0.1)
+    layout = layout_of((x.numel(),), CPU)
+    (total,) = layout.sum(layout.gather([x], torch.float32))
+    assert total.item() == pytest.approx(x.double().sum().item(), rel=3e-7)
 
 
 @settings(max_examples=25, deadline=None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checkpoint, rounding
 from .arguments import Rule, check_values, number, one_of, pair, whole_number
-from .layout import Layout, layout_of
+from .layout import BLOCK, Layout, layout_of
 from .roles import Roles, family_of, group_names
 from .state import QUANTIZABLE, Kind, decode, encode
 from .techniques.base import Technique, Work
@@ -119,7 +119,8 @@ class ChainOptimizer(torch.optim.Optimizer):
         """Add a group, with its names where it tells them.
 
         Raises:
-            ValueError: a number of names that differs, or an impossible hyper-parameter.
+            ValueError: a number of names that differs, an impossible hyper-parameter, or a tensor
+                that is not of real floating-point numbers.
         """
         params = param_group["params"]
         if not isinstance(params, Tensor | set):
@@ -127,6 +128,12 @@ class ChainOptimizer(torch.optim.Optimizer):
         elif isinstance(params, Tensor):
             params = param_group["params"] = [params]
         check_values(self.RULES, {**self.defaults, **param_group}, type(self).__name__)
+        for item in params:
+            param = item[1] if isinstance(item, tuple) else item
+            if isinstance(param, Tensor) and not param.is_floating_point():
+                raise ValueError(
+                    f"{type(self).__name__} takes real floating-point tensors, not {param.dtype}."
+                )
         names = group_names(param_group)
         # PyTorch wants all groups with names or none: "" stands for a missing one.
         if names is None and any("param_names" in group for group in self.param_groups):
@@ -136,11 +143,6 @@ class ChainOptimizer(torch.optim.Optimizer):
                 group.setdefault("param_names", [""] * len(group["params"]))
             param_group["param_names"] = names
         super().add_param_group(param_group)
-        for param in param_group["params"]:
-            if not param.is_floating_point():
-                raise ValueError(
-                    f"{type(self).__name__} takes real floating-point tensors, not {param.dtype}."
-                )
         self._roles = None
 
     @torch.no_grad()
@@ -246,13 +248,14 @@ class ChainOptimizer(torch.optim.Optimizer):
                     family=family_of(role),
                     kept=kept_by_role[role],
                     quantized=self.uses_8bit(param),
-                    step=self.state[param]["step"] + 1 if param in self.state else 1,
+                    step=self.state.get(param, {}).get("step", 0) + 1,
                 )
-                if alike not in filled or filled[alike] + param.numel() > _PIECE:
+                size = -(-param.numel() // BLOCK) * BLOCK
+                if alike not in filled or filled[alike] + size > _PIECE:
                     lists[alike].append([])
                     filled[alike] = 0
                 lists[alike][-1].append(param)
-                filled[alike] += param.numel()
+                filled[alike] += size
         return [(alike, params) for alike, some in lists.items() for params in some]
 
     def _gather_gradients(self, params: Sequence[Tensor]) -> Tensor:
@@ -288,8 +291,7 @@ class ChainOptimizer(torch.optim.Optimizer):
     ) -> Mapping[str, Tensor | float]:
         """Run the chain on one piece, write parameters and state back, return what was noted."""
         for param in params:
-            if param not in self.state:
-                self.state[param] = {}
+            if not self.state[param]:
                 checkpoint.complete(self, param)
         layout, group = _layout(params), self.param_groups[alike.group]
         p = layout.gather(params, grad.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,15 @@ from .engine import ChainOptimizer
 
 # Figures that differ by role by design; all others are one mean over the tensors.
 _BY_ROLE = ("effective_lr", "weight_decay")
+
+
+@runtime_checkable
+class _TellsPairs(Protocol):
+    """An optimizer that says what it found by name."""
+
+    def get_optimization_info(self) -> dict[str, Any]: ...
+
+    def diagnose_lora_pairing(self) -> dict[str, Any]: ...
 
 
 def optimizer_report(optimizer: Any) -> dict[str, float]:
@@ -53,9 +62,7 @@ def optimizer_summary(optimizer: Any) -> list[str]:
     halves, and which halves have no partner.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(optimizer, ChainOptimizer) or not hasattr(
-        optimizer, "get_optimization_info"
-    ):
+    if not isinstance(optimizer, _TellsPairs):
         return []
     info = optimizer.get_optimization_info()
     switches = [name for name, value in info["features"].items() if value is True]

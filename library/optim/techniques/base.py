@@ -26,7 +26,7 @@ class Work:
 
     Attributes:
         params: the tensors themselves, to look up what was prepared for them.
-        role: the role that decides what is done; all tensors here share its family.
+        family: `lora`, `lokr` or `other`, the same for all of them.
         step: t, from 1.
         lr, betas, eps, weight_decay: the group's, as the scheduler has set them.
         grad: the gradient as autograd left it.
