@@ -101,8 +101,15 @@ def _header(run: Run) -> str:
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
+    items = "".join(f"<div><dt>{escape(name)}</dt>{_value(value)}</div>" for name, value in facts)
     return f'<dl class="facts">{items}</dl>' if items else ""
+
+
+def _value(text: str) -> str:
+    """A fact's value; what follows a comma is a remark in small print."""
+    value, _, remark = text.partition(", ")
+    small = f"<small>{escape(remark)}</small>" if remark else ""
+    return f"<dd>{escape(value)}{small}</dd>"
 
 
 # Pictures
@@ -180,7 +187,7 @@ def _loss_chart(series: Mapping[str, Series], width: int) -> str:
     lines = []
     if "loss/current" in series:
         loss = series["loss/current"]
-        smoothed = smooth(loss.values, span=len(loss.values) / 20)
+        smoothed = smooth(loss.values, span=max(10, len(loss.values) / 20))
         lines += [
             Line("each step", loss.steps, loss.values, "faint"),
             Line("smoothed", loss.steps, smoothed),

@@ -13,10 +13,10 @@ header p { margin: 6px 0 0; color: var(--muted); }
 h2 { margin: 44px 0 14px; font-size: 18px; }
 h2 small { margin-left: 6px; font-weight: 400; }
 time { white-space: nowrap; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 1px;
-  margin: 0; background: var(--line); border: 1px solid var(--line); border-radius: 8px;
+.facts { display: flex; flex-wrap: wrap; gap: 1px; margin: 0;
+  background: var(--line); border: 1px solid var(--line); border-radius: 8px;
   overflow: hidden; }
-.facts div { padding: 14px 16px; background: var(--card); }
+.facts div { flex: 1 1 140px; padding: 14px 16px; background: var(--card); }
 dt { color: var(--muted); font-size: 13px; }
 dd { margin: 2px 0 0; font-size: 18px; font-variant-numeric: tabular-nums; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
@@ -28,7 +28,7 @@ img { display: block; width: 100%; height: auto; border-radius: 4px; background:
 figcaption, small { color: var(--muted); font-size: 13px; }
 figcaption { margin-top: 4px; text-align: center; }
 .card p { margin: 10px 0 0; overflow-wrap: anywhere; }
-p small { display: block; }
+p small, dd small { display: block; }
 .strip { display: flex; gap: 8px; overflow-x: auto; padding-top: 10px; }
 .strip figure { flex: 0 0 96px; }
 details { margin-top: 10px; }
@@ -48,7 +48,6 @@ pre { margin: 0; padding: 16px; background: var(--card); border: 1px solid var(-
 details pre { margin-top: 10px; }
 @media (max-width: 640px) {
   main { padding: 24px 16px 48px; }
-  .facts { grid-template-columns: repeat(2, 1fr); }
   .charts, .cards { grid-template-columns: minmax(0, 1fr); }
   .wide { display: none; }
   .narrow { display: block; }
