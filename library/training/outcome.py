@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from library.training.loop import Loop
 from library.training.options import Options
 from library.training.report import peak_memory
 from library.training.report_html import Run, write_report
-from library.training.sampling import Sampler
+from library.training.sampling import Sample
 
 log = logging.getLogger(__name__)
 
 
 def leave_report(loop: Loop, adapter_file: Path) -> list[Path]:
     """Write `report.html` and the curves beside the adapter; returns all that the run wrote."""
-    options, sampler = loop.options, loop.sampler
-    files = [adapter_file, *_before_and_after(sampler)]
+    options = loop.options
+    files = [adapter_file, *_before_and_after(loop.report.samples)]
     run = Run(
         name=options.output_name or "last",
         summary=_summary(loop),
         options=options,
         series=loop.report.series,
-        samples=sampler.history if sampler is not None else [],
+        samples=loop.report.samples,
         facts=_facts(loop),
         files=files,
     )
@@ -37,12 +38,10 @@ def announce(files: list[Path]) -> None:
         log.info("  %s", path)
 
 
-def _before_and_after(sampler: Sampler | None) -> list[Path]:
+def _before_and_after(samples: Sequence[Sample]) -> list[Path]:
     """The pictures of the first and of the last drawing."""
-    if sampler is None or not sampler.history:
-        return []
-    steps = {sampler.history[0].step, sampler.history[-1].step}
-    return [sample.path for sample in sampler.history if sample.step in steps]
+    steps = {sample.step for sample in (*samples[:1], *samples[-1:])}
+    return [sample.path for sample in samples if sample.step in steps]
 
 
 def _summary(loop: Loop) -> str:
