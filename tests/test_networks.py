@@ -198,6 +198,12 @@ def test_original_layout_of_sdxl() -> None:
 
 
 class TestPresets:
+    @pytest.fixture(scope="class")
+    def parts(self, tiny_sd1: Path) -> tuple[nn.Module, nn.Module]:
+        """Text encoder and UNet, to which nothing is applied."""
+        model = load(tiny_sd1)
+        return model.text_encoders[0], model.unet
+
     def test_the_list_is_lycoriss(self) -> None:
         assert set(PRESETS) == set(PRESET)
 
@@ -215,12 +221,11 @@ class TestPresets:
             ("ia3", 20, 9),
         ],
     )
-    def test_every_preset_works(self, tiny_sd1: Path, preset: str, unet: int, text: int) -> None:
-        model = load(tiny_sd1)
-        network = create("kohya", model.text_encoders[0], model.unet, preset=preset)
+    def test_every_preset_works(self, parts: Any, preset: str, unet: int, text: int) -> None:
+        network = create("kohya", *parts, preset=preset)
         assert (len(network.unet_loras), len(network.text_encoder_loras)) == (unet, text)
 
-    def test_a_file(self, tiny_sd1: Path, tmp_path: Path) -> None:
+    def test_a_file(self, parts: Any, tmp_path: Path) -> None:
         file = tmp_path / "preset.toml"
         file.write_text(
             'unet_target_module = ["Transformer2DModel"]\nunet_target_name = ["conv_in"]\n'
@@ -228,8 +233,7 @@ class TestPresets:
             '[module_algo_map.FeedForward]\nalgo = "lokr"\nfactor = 4\n'
             "[name_algo_map.conv_in]\ndim = 2\n"
         )
-        model = load(tiny_sd1)
-        network = create("kohya", model.text_encoders[0], model.unet, preset=str(file))
+        network = create("kohya", *parts, preset=str(file))
         by_name = {a.lora_name: a for a in network.loras}
         assert not any("attn2" in name for name in by_name)
         feed_forward = by_name["lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"]
@@ -237,12 +241,11 @@ class TestPresets:
         assert by_name["lora_unet_conv_in"].lora_dim == 2
         assert isinstance(by_name["lora_unet_mid_block_attentions_0_proj_in"], LoRA)
 
-    def test_networks_dont_disturb_each_other_or_lycoris(self, tiny_sd1: Path) -> None:
+    def test_networks_dont_disturb_each_other_or_lycoris(self, parts: Any) -> None:
         before = {k: v for k, v in vars(LycorisNetworkKohya).items() if k.isupper()}
-        model = load(tiny_sd1)
-        first = create("kohya", model.text_encoders[0], model.unet, preset="attn-mlp")
-        create("kohya", model.text_encoders[0], model.unet, algo="ia3", preset="ia3")
-        again = create("kohya", model.text_encoders[0], model.unet, preset="attn-mlp")
+        first = create("kohya", *parts, preset="attn-mlp")
+        create("kohya", *parts, algo="ia3", preset="ia3")
+        again = create("kohya", *parts, preset="attn-mlp")
         assert names(first) == names(again)
         assert {k: v for k, v in vars(LycorisNetworkKohya).items() if k.isupper()} == before
 

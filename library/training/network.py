@@ -119,8 +119,7 @@ def enable_gradient_checkpointing(adapter: Adapter, model: DiffusionModel) -> No
     model.unet.enable_gradient_checkpointing()
     if adapter.trains_text_encoder:
         for text_encoder in model.text_encoders:
-            # The embeddings are frozen, and a reentrant checkpoint passes no gradient behind them.
-            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            text_encoder.gradient_checkpointing_enable()
             text_encoder.train()  # transformers checkpoints only then
     network: Any = adapter.network
     if hasattr(network, "enable_gradient_checkpointing"):
