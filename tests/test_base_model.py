@@ -1,0 +1,170 @@
+"""The base model that ships and the quickstart's pictures: what the project promises of them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))  # the tools are scripts, not a package
+
+from score_base_model import draw as draw_prompts  # noqa: E402
+from score_base_model import read_references, share_farther  # noqa: E402
+
+MODEL = ROOT / "assets" / "base_model"
+QUICKSTART = ROOT / "configs" / "quickstart"
+
+needs_model = pytest.mark.skipif(
+    not (MODEL / "model_index.json").exists(), reason="the base model is still being trained"
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        MODEL, torch_dtype=torch.float32, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(
+    pipeline: StableDiffusionPipeline, *prompts: str, steps: int = 25
+) -> npt.NDArray[np.float64]:
+    """`[n, 64, 64, 3]` in [0, 1], each prompt from seed 0."""
+    return pipeline(
+        list(prompts),
+        width=64,
+        height=64,
+        num_inference_steps=steps,
+        guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(0) for _ in prompts],
+        output_type="np",
+    ).images
+
+
+def saturation(pictures: npt.NDArray[np.float64]) -> float:
+    """Mean of max − min over the channels: 0 for greys."""
+    return float((pictures.max(-1) - pictures.min(-1)).mean())
+
+
+@needs_model
+def test_folder_is_small_and_says_its_licence() -> None:
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
+    assert {"LICENSE", "NOTICE"} <= {path.name for path in MODEL.iterdir()}
+
+
+@needs_model
+def test_is_stable_diffusion_1_in_small(pipeline: StableDiffusionPipeline) -> None:
+    assert type(pipeline.unet).__name__ == "UNet2DConditionModel"
+    assert type(pipeline.vae).__name__ == "AutoencoderKL"
+    assert type(pipeline.text_encoder).__name__ == "CLIPTextModel"
+    assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels == 4
+    assert pipeline.unet.config.cross_attention_dim == pipeline.text_encoder.config.hidden_size
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    assert pipeline.safety_checker is None
+
+
+@needs_model
+def test_any_text_becomes_tokens_and_comes_back(pipeline: StableDiffusionPipeline) -> None:
+    tokenizer = pipeline.tokenizer
+    assert tokenizer.model_max_length == 77
+    assert len(tokenizer("red apple, flat style").input_ids) == 7  # a word, a token
+    for text in ("xylophone zebra", "naïve 日本 ©", "100%"):
+        ids = tokenizer(text).input_ids
+        assert max(ids) < pipeline.text_encoder.config.vocab_size
+        decoded = tokenizer.decode(ids, skip_special_tokens=True)
+        assert decoded.replace(" ", "") == text.replace(" ", "")
+
+
+@needs_model
+def test_latents_have_unit_size_and_give_the_picture_back(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    files = sorted((QUICKSTART / "images").glob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    true = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = pipeline.vae.encode(true).latent_dist.mean
+        drawn = pipeline.vae.decode(latents).sample
+    assert latents.shape == (len(files), 4, 16, 16)
+    # These are no emoji the autoencoder was trained on: black and white only.
+    assert 0.5 < (latents * pipeline.vae.config.scaling_factor).std() < 2
+    assert (drawn - true).abs().mean() < 0.06
+
+
+@needs_model
+def test_same_seed_gives_the_same_picture(pipeline: StableDiffusionPipeline) -> None:
+    first, again = (draw(pipeline, "red apple, flat style", steps=3) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, draw(pipeline, "owl, flat style", steps=3))
+
+
+@needs_model
+def test_draws_colours_it_is_asked_for_on_white(pipeline: StableDiffusionPipeline) -> None:
+    apple, heart = draw(pipeline, "red apple, flat style", "blue heart, flat style")
+    for picture, channel in ((apple, 0), (heart, 2)):
+        corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert corners.min() > 0.9
+        middle = picture[20:44, 20:44].mean(axis=(0, 1))
+        others = [c for c in range(3) if c != channel]
+        assert middle[channel] > 0.6
+        assert middle[channel] > middle[others].max() + 0.25
+
+
+@needs_model
+def test_a_style_word_it_never_saw_leaves_the_picture_alone(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    """What the quickstart starts from: its captions give colourful pictures before training."""
+    names = ["red apple", "banana", "cherries", "fish"]
+    known = draw(pipeline, *(f"{name}, flat style" for name in names))
+    unknown = draw(pipeline, *(f"{name}, ink style" for name in names))
+    assert saturation(unknown) > 0.5 * saturation(known) > 0.05
+
+
+@pytest.mark.parametrize(("folder", "fewest", "most"), [("images", 24, 32), ("validation", 6, 8)])
+def test_quickstart_pictures_are_captioned_black_on_white(
+    folder: str, fewest: int, most: int
+) -> None:
+    files = sorted((QUICKSTART / folder).glob("*.png"))
+    assert fewest <= len(files) <= most
+    pictures = []
+    for file in files:
+        caption = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        assert caption == f"{file.stem.replace('-', ' ')}, ink style"
+        pictures.append(np.asarray(Image.open(file)).astype(np.float64) / 255)
+        assert pictures[-1].shape == (64, 64, 3)
+    assert saturation(np.stack(pictures)) < 0.01
+    assert 0.3 < np.stack(pictures).mean() < 0.9
+
+
+def test_quickstart_and_validation_pictures_differ() -> None:
+    names = [{f.name for f in (QUICKSTART / d).glob("*.png")} for d in ("images", "validation")]
+    assert not names[0] & names[1]
+
+
+@pytest.mark.slow
+@needs_model
+def test_draws_what_it_is_asked(pipeline: StableDiffusionPipeline) -> None:
+    """The bar of `tools/score_base_model.py`, for fewer prompts and against fewer pictures."""
+    references, captions = read_references(Path(__file__).parent / "data" / "emoji_16px.png")
+    drawn = draw_prompts(pipeline, captions[:40], steps=25, guidance=4.0)
+    shares = share_farther(drawn, references, list(range(40)))
+    assert (shares >= 0.9).sum() >= 28
+
+
+def test_a_picture_is_scored_by_how_many_others_are_farther() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 256, (50, 64, 64, 3), dtype=np.uint8)
+    true[10:] //= 2  # keep the pictures apart also when shrunk
+    own = list(range(10))
+    assert share_farther(true[:10], true, own).tolist() == [1.0] * 10
+    wrong = [49 - i for i in own]
+    assert share_farther(true[:10], true, wrong).max() < 1
