@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from library.optim.spelling import did_you_mean
 from library.training.errors import UserError
 from networks.blocks import LR_WEIGHT_SHAPES, LR_WEIGHTS, NUM_BLOCKS
 from networks.presets import ALGORITHMS, check_preset
-from networks.spelling import nearest
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _unknown(module: str, key: str) -> str:
     if elsewhere:
         return f"--network_args {key}: {module} has no such key, {' and '.join(elsewhere)} has."
     known = list(MODULES[module])
-    hint = nearest(key, known) or f" Known keys: {', '.join(sorted(known))}."
+    hint = did_you_mean(key, known) or f" Known keys: {', '.join(sorted(known))}."
     return f"--network_args {key}: {module} has no such key.{hint}"
 
 
@@ -292,7 +292,7 @@ def _combinations(
         return [f"--network_args algo={algorithm} is refused: {REFUSED_ALGORITHMS[algorithm]}."]
     if algorithm not in USES:
         allowed = ", ".join(ALGORITHMS)
-        hint = nearest(algorithm, ALGORITHMS)
+        hint = did_you_mean(algorithm, ALGORITHMS)
         return [f"--network_args algo={algorithm}: choose from {allowed}.{hint}"]
     known = MODULES[module]
     problems = [

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.optim.spelling import did_you_mean
 from library.training.errors import UserError
-from networks.spelling import nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -145,7 +145,7 @@ def read_preset(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--network_args preset={path}: cannot be read: {error}") from error
     problems = [
-        f"{path}: unknown key '{key}'.{nearest(key, tuple(_KEYS))}"
+        f"{path}: unknown key '{key}'.{did_you_mean(key, tuple(_KEYS))}"
         for key in preset
         if key not in _KEYS
     ]
@@ -168,7 +168,7 @@ def _algorithm_problems(path: Path, preset: dict[str, Any]) -> list[str]:
     ]
     wanted = [str(config["algo"]) for config in configs if "algo" in config]
     return [
-        f"{path}: algo '{name}' is none of {', '.join(ALGORITHMS)}.{nearest(name, ALGORITHMS)}"
+        f"{path}: algo '{name}' is none of {', '.join(ALGORITHMS)}.{did_you_mean(name, ALGORITHMS)}"
         for name in wanted
         if name not in ALGORITHMS
     ]
@@ -181,7 +181,7 @@ def check_preset(preset: str) -> list[str]:
     if not Path(preset).is_file():
         return [
             f"--network_args preset={preset}: there is no such preset and no such file."
-            f"{nearest(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
+            f"{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
         ]
     try:
         read_preset(Path(preset))

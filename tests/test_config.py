@@ -501,7 +501,7 @@ class TestCheck:
             "--train_batch_size 0: must be 1 or more",
             "networks.lorra: there is no such module",
             "'HinaAdamWW'. Did you mean 'HinaAdamW'?",
-            "--lr_scheduler cosin: there is no such schedule. Is cosine meant?",
+            "--lr_scheduler cosin: there is no such schedule. Did you mean 'cosine'?",
             "--network_weights",
             "no_model",
             "--resume",

@@ -88,6 +88,7 @@ assert both.grad.tolist() == [1.5, 3.0], both.grad
 assert one.grad.tolist() == [2.0, -2.0], one.grad
 assert none.grad is None
 assert half.grad.dtype == torch.bfloat16 and half.grad.tolist() == [0.5] * 3, half.grad
+accelerator.end_training()  # as the trainer does: without it gloo may abort the interpreter's exit
 """
     )
     finished = subprocess.run(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
+
+from .spelling import did_you_mean
 
 
 class OptimizerArgumentError(ValueError):
@@ -80,13 +81,6 @@ def pair(item: Rule) -> Rule:
     )
 
 
-def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """` Did you mean 'x'?` for the known spelling that is nearest to `word`, or nothing."""
-    by_lower = {name.lower(): name for name in known}
-    close = get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
-    return f" Did you mean '{by_lower[close[0]]}'?" if close else ""
-
-
 def check_values(rules: Mapping[str, Rule], values: Mapping[str, Any], owner: str) -> None:
     """Check `values` against `rules`; keys without a rule are not looked at.
 
@@ -96,7 +90,7 @@ def check_values(rules: Mapping[str, Rule], values: Mapping[str, Any], owner: st
     for key, value in values.items():
         rule = rules.get(key)
         if rule is not None and not rule.holds(value):
-            hint = nearest(value, rule.choices) if isinstance(value, str) else ""
+            hint = did_you_mean(value, rule.choices) if isinstance(value, str) else ""
             raise OptimizerArgumentError(
                 f"{owner}: {key}={value!r} is not possible; {key} must be {rule.allowed}.{hint}"
             )
@@ -111,6 +105,6 @@ def check_keys(known: list[str], values: Mapping[str, Any], owner: str) -> None:
     for key, value in values.items():
         if key not in known:
             raise OptimizerArgumentError(
-                f"{owner} has no argument '{key}' (given {key}={value!r}).{nearest(key, known)} "
-                f"Allowed: {', '.join(sorted(known))}."
+                f"{owner} has no argument '{key}' (given {key}={value!r})."
+                f"{did_you_mean(key, known)} Allowed: {', '.join(sorted(known))}."
             )

@@ -23,10 +23,10 @@ from .arguments import (
     check_keys,
     check_values,
     flag,
-    nearest,
     number,
     pair,
 )
+from .spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class OptimizerSpec:
         if not callable(found):
             raise UnknownOptimizerError(
                 f"Optimizer {self.name}: module '{self.module}' has no class '{self.attribute}'."
-                f"{nearest(self.attribute, dir(module))}"
+                f"{did_you_mean(self.attribute, dir(module))}"
             )
         return found
 
@@ -201,7 +201,7 @@ def resolve(optimizer_type: str) -> OptimizerSpec:
     if found is not None:
         return found[1]
     raise UnknownOptimizerError(
-        f"There is no optimizer '{wanted}'.{nearest(wanted, known_names())} "
+        f"There is no optimizer '{wanted}'.{did_you_mean(wanted, known_names())} "
         f"Known short names: {', '.join(known_names())}. "
         "Any other is given as package.module.Class."
     )

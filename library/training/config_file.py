@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from library.optim.spelling import did_you_mean
 from library.training.errors import UserError
 from library.training.options import OPTIONS, Option
 from library.training.options.fields import int_or_float, steps_or_ratio
-from library.training.options.parser import nearest
 from library.training.toml_file import read_toml, write_toml
 
 # Values that front ends write for what is the default here.
@@ -64,8 +64,7 @@ def read_config_file(
         elif key in _UNREAD:
             notes.append(f"{path}: '{key}' is left unread, as by sd-scripts; {_UNREAD[key]}.")
         else:
-            guess = nearest(key, [*OPTIONS, *more_names])
-            hint = f" Did you mean '{guess}'?" if guess else ""
+            hint = did_you_mean(key, [*OPTIONS, *more_names])
             problems.append(f"{path}: '{key}' is not an option.{hint}")
     if problems:
         raise UserError.listing(problems)

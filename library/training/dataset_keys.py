@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from library.optim.spelling import did_you_mean
 from library.training.options import OPTIONS
 from library.training.paths import clean_path
 
@@ -222,5 +222,5 @@ def _advice(key: str, level: Level) -> str:
         return f": in this file it is called {renamed[key]}"
     if key in OPTIONS:
         return f": it is an option of the command line, --{key}"
-    close = difflib.get_close_matches(key.lower(), KEYS[level], n=1, cutoff=0.6)
-    return f". Did you mean {close[0]}?" if close else f": {level.value} does not have it"
+    hint = did_you_mean(key, KEYS[level], "{}")
+    return f".{hint}" if hint else f": {level.value} does not have it"

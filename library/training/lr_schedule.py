@@ -6,7 +6,6 @@ A schedule is stepped once per optimizer step, whatever the number of processes.
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import inspect
 import logging
@@ -17,6 +16,7 @@ from typing import Any
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from library.optim.spelling import did_you_mean
 from library.training.errors import UserError
 from library.training.options import Options
 
@@ -201,11 +201,9 @@ def _schedule_name(lr_scheduler: str) -> str:
     """The schedule's name, without adafactor's `:initial lr`. UserError where it's none."""
     name, colon, initial_lr = lr_scheduler.partition(":")
     if name not in SCHEDULES or (colon and name != "adafactor"):
-        near = difflib.get_close_matches(name, SCHEDULES, n=1)
-        hint = f"Is {near[0]} meant? " if near else ""
         raise UserError(
-            f"--lr_scheduler {lr_scheduler}: there is no such schedule. {hint}"
-            f"There are {', '.join(SCHEDULES)}"
+            f"--lr_scheduler {lr_scheduler}: there is no such schedule."
+            f"{did_you_mean(name, SCHEDULES)} There are {', '.join(SCHEDULES)}"
         )
     if colon:
         try:
@@ -239,10 +237,9 @@ def _custom_class(name: str) -> Callable[..., Any]:
             for key, value in vars(module).items()
             if inspect.isclass(value) and issubclass(value, LRScheduler)
         ]
-        near = difflib.get_close_matches(class_name, schedules, n=1)
-        hint = f"; is {near[0]} meant?" if near else ""
         raise UserError(
-            f"--lr_scheduler_type {name}: {module.__name__} has no class {class_name}{hint}"
+            f"--lr_scheduler_type {name}: {module.__name__} has no class {class_name}."
+            f"{did_you_mean(class_name, schedules)}"
         )
     custom: Callable[..., Any] = found
     return custom
@@ -257,9 +254,8 @@ def _check_arguments(what: str, takes: Callable[..., Any], arguments: dict[str, 
     problems = []
     for name in arguments:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; is {near[0]} meant?" if near else f"; it has {', '.join(known)}"
-            problems.append(f"{what} has no argument {name}{hint}")
+            hint = did_you_mean(name, known) or f" It has {', '.join(known)}"
+            problems.append(f"{what} has no argument {name}.{hint}")
     if inspect.isclass(takes):
         missing = [
             name

@@ -7,7 +7,6 @@ sdxl   Stable Diffusion XL: two text encoders; picture sizes are conditioned on
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import struct
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from library.optim.spelling import closest
 from library.training.errors import UserError
 from library.training.options import Options
 
@@ -204,9 +204,8 @@ def _missing(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"{path} does not exist (nor does the folder {folder})"
-    names = [entry.name for entry in folder.iterdir()]
-    near = difflib.get_close_matches(path.name, names, n=1)
-    hint = f"; is {folder / near[0]} meant?" if near else ""
+    found = closest(path.name, (entry.name for entry in folder.iterdir()))
+    hint = "" if found is None else f"; is {folder / found} meant?"
     return f"{path} does not exist{hint}"
 
 

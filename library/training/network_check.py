@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from library.optim.spelling import did_you_mean
 from library.training.options import Options
 from networks.arguments import ALGORITHM_OF, MODULES, check_arguments, check_numbers
-from networks.spelling import nearest
 
 # LyCORIS's own module, made by ours: the same algorithms, presets and files, but stock's names with
 # every transformers version, presets that work on diffusers' UNet, and arguments that are checked.
@@ -48,7 +48,7 @@ def _problems(options: Options) -> Iterator[str]:
         yield from check_arguments(name, pairs, options.network_dropout)
         yield from _max_norm(options, ALGORITHM_OF.get(name) or pairs.get("algo", "lora"))
     elif name is not None and not _exists(name):
-        hint = nearest(name, [*MODULES, *OUR_NAME]) or f" There are {', '.join(MODULES)}."
+        hint = did_you_mean(name, [*MODULES, *OUR_NAME]) or f" There are {', '.join(MODULES)}."
         yield f"--network_module {name}: there is no such module.{hint}"
     yield from _files(options)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from library.optim.spelling import closest
 from library.training.options import Option
 
 
@@ -49,9 +49,9 @@ def missing(flag: str, path: str, kind: str = "file or folder") -> str:
                 names = os.listdir(part.parent)
             except OSError:
                 break
-            found = difflib.get_close_matches(part.name, names, n=1, cutoff=0.6)
-            if found:
-                return f"{message} Did you mean {part.parent / found[0]}?"
+            found = closest(part.name, names)
+            if found is not None:
+                return f"{message} Did you mean {part.parent / found}?"
             if part != whole:
                 return f"{message} {part.parent} has no folder {part.name}."
             break

@@ -17,7 +17,6 @@ JSON: a list of such lines, or of objects with the TOML keys.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import re
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.optim.spelling import did_you_mean
 from library.training.errors import UserError
 from library.training.samplers import SAMPLERS
 from library.training.toml_file import read_toml
@@ -156,7 +156,7 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
         key = FLAGS.get(flag.lower())
         if key is None:
             raise UserError(
-                f"{where}: there is no option '--{flag}'{_nearest(flag.lower(), FLAGS)}. "
+                f"{where}: there is no option '--{flag}'.{did_you_mean(flag, FLAGS)} "
                 f"Known: {', '.join(f'--{name}' for name in FLAGS)}."
             )
         fields[key] = _number(value, flag, key, where) if key in NUMBERS else value.strip()
@@ -178,7 +178,7 @@ def _number(value: str, flag: str, key: str, where: str) -> int | float:
 def _prompt(fields: dict[str, Any], index: int, where: str) -> Prompt:
     for key, value in fields.items():
         if key not in KEYS:
-            raise UserError(f"{where}: there is no key '{key}'{_nearest(key, KEYS)}.")
+            raise UserError(f"{where}: there is no key '{key}'.{did_you_mean(key, KEYS)}")
         if key in FOR_OTHER_MODELS:
             log.warning("%s: %s is not for Stable Diffusion and changes nothing", where, key)
         elif key not in ("subset", "enum"):
@@ -186,7 +186,7 @@ def _prompt(fields: dict[str, Any], index: int, where: str) -> Prompt:
     sampler = fields.get("sample_sampler")
     if sampler is not None and sampler not in SAMPLERS:
         raise UserError(
-            f"{where}: there is no sampler '{sampler}'{_nearest(sampler, SAMPLERS)}. "
+            f"{where}: there is no sampler '{sampler}'.{did_you_mean(sampler, SAMPLERS)} "
             f"Known: {', '.join(SAMPLERS)}."
         )
     seed = fields.get("seed")
@@ -219,8 +219,3 @@ def _check_type(key: str, value: Any, where: str) -> None:
 def _side(pixels: int) -> int:
     """Rounded down to a multiple of 8, and no less than 64."""
     return max(SMALLEST_SIDE, pixels - pixels % 8)
-
-
-def _nearest(name: str, names: Any) -> str:
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean '{found[0]}'?)" if found else ""

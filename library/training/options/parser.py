@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from library.optim.spelling import did_you_mean
 from library.training.errors import UserError
 from library.training.options.fields import Option
 from library.training.options.table import OPTIONS
@@ -74,12 +74,6 @@ def _arguments(option: Option) -> dict[str, Any]:
 _METAVARS: dict[Any, str] = {int: "N", float: "X"}
 
 
-def nearest(name: str, names: Iterable[str] = OPTIONS) -> str | None:
-    """The one of `names` that `name` was probably meant to be."""
-    found = difflib.get_close_matches(name.replace("-", "_").lower(), list(names), n=1, cutoff=0.6)
-    return found[0] if found else None
-
-
 def unknown_words(words: Sequence[str]) -> list[str]:
     """A line for each word of the command line that belongs to no option."""
     lines = []
@@ -88,9 +82,8 @@ def unknown_words(words: Sequence[str]) -> list[str]:
         if word.startswith("-"):
             after_unknown = True
             name = word.split("=")[0].lstrip("-")
-            guess = nearest(name)
-            hint = f"Did you mean --{guess}?" if guess else "--help lists all options."
-            lines.append(f"{word.split('=')[0]} is not an option. {hint}")
+            hint = did_you_mean(name, OPTIONS, "--{}") or " --help lists all options."
+            lines.append(f"{word.split('=')[0]} is not an option.{hint}")
         elif not after_unknown:
             lines.append(
                 f"{word!r} belongs to no option. A value with spaces in it needs quotes around it."
