@@ -229,15 +229,25 @@ def vary_caption(caption: str, rng: random.Random) -> str:
     return f"{name}, {style}"
 
 
-def timestep_weights(alphas_cumprod: Tensor) -> Tensor:
-    """Loss weight of each timestep, mean 1: the noise error times SNR^-½, clamped.
+def timestep_shares(alphas_cumprod: Tensor) -> Tensor:
+    """Probability of each timestep: proportional to SNR^-½, clamped.
 
-    Plain noise prediction spends its effort on the nearly clean pictures, where any model denoises
-    well; what a caption looks like is decided in the noisy ones.
+    Uniform timesteps spend the effort on the nearly clean pictures, where any model denoises well;
+    what a caption looks like is decided in the noisy ones. Drawing those more often does what
+    weighting their loss would, with less variance.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    weights = snr.pow(-0.5).clamp(0.1, 6)
-    return weights / weights.mean()
+    shares = snr.pow(-0.5).clamp(0.15, 6)
+    return shares / shares.sum()
+
+
+def draw_timesteps(shares: Tensor, count: int) -> Tensor:
+    """`count` timesteps, one from each of `count` equally likely ranges, in random order.
+
+    A batch then holds every level of noise (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+    """
+    position = (torch.randperm(count) + torch.rand(1)) / count
+    return torch.searchsorted(shares.cumsum(0), position).clamp(max=len(shares) - 1)
 
 
 def train_diffusion(
@@ -266,7 +276,7 @@ def train_diffusion(
     latents = encode(vae, pixels, workers) * vae.config["scaling_factor"]
     schedule: Any = make_scheduler()
     alphas_cumprod = schedule.alphas_cumprod.to(workers.device)
-    weights = timestep_weights(alphas_cumprod)
+    shares = timestep_shares(schedule.alphas_cumprod)
     index = batches(len(pictures), args.batch_size, workers, seed=2 + args.seed)
     rng = random.Random(1000 * args.seed + workers.rank)
 
@@ -275,15 +285,14 @@ def train_diffusion(
         text = [vary_caption(captions[i], rng) for i in chosen]
         tokens = tokenizer(text, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
         clean = latents[chosen]
-        t = torch.randint(len(weights), (len(chosen),)).to(workers.device)
+        t = draw_timesteps(shares, len(chosen)).to(workers.device)
         noise = torch.randn(clean.shape).to(workers.device)
         alpha = alphas_cumprod[t, None, None, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         with torch.autocast(workers.device.type, torch.bfloat16):
             context = text_encoder(tokens.input_ids.to(workers.device))[0]
             predicted = unet(noisy, t, context).sample
-        errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        return (weights[t] * errors).mean()
+        return F.mse_loss(predicted.float(), noise)
 
     def save(folder: Path) -> None:
         averaged = copy.deepcopy((unet, text_encoder))

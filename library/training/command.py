@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from library.training.config import parse
 from library.training.cpu_processes import start_processes_asked_for
 from library.training.errors import UserError
+from library.training.log import hush_imports
 
 USER_ERROR = 2
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -23,6 +24,7 @@ def run_command(argv: Sequence[str] | None, sdxl: bool) -> int:
         options = parse(argv)
         if argv is None:
             start_processes_asked_for(sys.argv)
+        hush_imports()
         # Only now, so that a misspelt option is answered at once: torch takes seconds to import.
         from library.training.trainer import NetworkTrainer, SdxlNetworkTrainer
 

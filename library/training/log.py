@@ -14,12 +14,21 @@ from library.training.options import Options
 # Libraries that report every request, file or font at INFO.
 CHATTY = ("absl", "diffusers", "filelock", "httpcore", "httpx", "matplotlib", "PIL", "urllib3")
 
+# They warn at import of optional packages that nothing here uses.
+WARN_OF_EXTRAS = ("bitsandbytes.backends.cpu.ops", "transformers.utils.import_utils")
+
 
 class ConsoleHandler(logging.Handler):
     """Writes to stderr above a progress bar that is being drawn, instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+def hush_imports() -> None:
+    """Call before the libraries are imported: no lines about extras that nobody misses."""
+    for name in WARN_OF_EXTRAS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def setup_logging(options: Options) -> None:
