@@ -14,6 +14,7 @@ come with the project, in about two minutes on two processor cores.
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,6 +58,8 @@ def test(rest: "list[str]") -> int:
     for check in checks:
         print("\n" + " ".join(check), flush=True)
         codes.append(run("-m", *check))
+        if codes[-1] < 0:  # by a signal: whoever stopped this check wants no further one
+            break
     return next((code for code in codes if code), 0)
 
 
@@ -135,13 +138,18 @@ def read(path: str) -> "str | None":
 
 
 def run(*arguments: str) -> int:
-    """Run the environment's Python in the project's folder; Ctrl-C is the child's to answer."""
+    """Run the environment's Python in the project's folder; the child answers Ctrl-C and `kill`."""
     child = subprocess.Popen([PYTHON, *arguments], cwd=ROOT)
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            continue
+    # Ctrl-C reaches the child by itself, as every process of the terminal; `kill` only this one.
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    try:
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,37 @@ def test_a_failed_installation_is_explained_and_tried_again(
     assert "call the same command again" in said
     requirements.write_text("")
     assert launch.install("requirements.txt")
+
+
+# Says that it listens; at SIGTERM it takes its time, as training does that finishes a step.
+LISTENS = """
+import signal, sys, time
+def stop(number, frame):
+    time.sleep(0.3)
+    print("saved", flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGTERM, stop)
+print("listening", flush=True)
+time.sleep(60)
+"""
+LAUNCHES = f"""
+import sys
+import launch
+launch.PYTHON = sys.executable
+sys.exit(launch.run("-c", {LISTENS!r}))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM: what is killed there is gone")
+def test_kill_is_handed_on_and_waited_for() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHES], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "listening\n"
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=30) == 130
+        assert launcher.stdout.readline() == "saved\n"
 
 
 def test_what_is_shown_of_pip() -> None:
