@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lycoris.modules.base import LycorisBaseModule
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
 from lycoris.modules.glora import GLoRAModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
@@ -114,7 +116,23 @@ def finish(module: LycorisBaseModule, dropout: float = 0.0) -> LycorisBaseModule
     if isinstance(module, NormModule):
         module.rank_dropout = 0  # a norm has no ranks, and LyCORIS's mask keeps what should go
     module.float()
+    scale_by_alpha(module)
     return module
+
+
+def scale_by_alpha(module: LycorisBaseModule) -> None:
+    """Let an adapter act by the `alpha` that it holds, and that its file will hold.
+
+    LyCORIS reads alpha only when it makes a module, and gives two whole factors of LoKr, which have
+    no scale, the scale √rank with `rs_lora`.
+    """
+    if isinstance(module, DiagOFTModule | ButterflyOFTModule):
+        module.constraint = float(module.alpha) * module.dim
+    elif isinstance(module, LokrModule) and module.use_w1 and module.use_w2:
+        module.alpha.fill_(module.lora_dim)
+        module.scale = 1.0
+    elif hasattr(module, "scale"):
+        module.scale = float(module.alpha) / module.lora_dim
 
 
 @torch.no_grad()

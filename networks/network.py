@@ -15,8 +15,8 @@ from library.optim.naming import name_groups
 from library.training.errors import UserError
 from networks.blocks import BlockPlan, block_index
 from networks.layers import TEXT_PREFIX, UNET_PREFIX, TextEncoders
-from networks.modules import merge_into_layer
-from networks.weights import load_into, read_weights, scale_by_alpha, write_weights
+from networks.modules import merge_into_layer, scale_by_alpha
+from networks.weights import load_into, read_weights, write_weights
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from library.training.errors import UserError
 from networks.layers import from_original_layout, named_layers
-from networks.modules import GLoRA, LoKr, LoRA, finish
+from networks.modules import GLoRA, LoKr, LoRA, finish, scale_by_alpha
 
 log = logging.getLogger(__name__)
 
@@ -247,14 +247,3 @@ def _load(adapter: LycorisBaseModule, tensors: Mapping[str, Tensor], source: str
     if "alpha" not in tensors and hasattr(adapter, "alpha") and hasattr(adapter, "lora_dim"):
         adapter.alpha.fill_(adapter.lora_dim)  # files from before alpha
     scale_by_alpha(adapter)
-
-
-def scale_by_alpha(adapter: LycorisBaseModule) -> None:
-    """LyCORIS reads alpha when it makes a module, not when it loads one."""
-    if isinstance(adapter, DiagOFTModule | ButterflyOFTModule):
-        adapter.constraint = float(adapter.alpha) * adapter.dim
-    elif isinstance(adapter, LokrModule) and adapter.use_w1 and adapter.use_w2:
-        adapter.alpha.fill_(adapter.lora_dim)  # two whole factors have no scale
-        adapter.scale = 1.0
-    elif hasattr(adapter, "scale"):
-        adapter.scale = float(adapter.alpha) / adapter.lora_dim

@@ -161,6 +161,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("lokr", {"factor": 4, "decompose_both": True, "dim": 1}),
     ("lokr", {"factor": 4, "use_tucker": True, "dim": 1}),
     ("lokr", {"full_matrix": True}),
+    ("lokr", {"full_matrix": True, "rs_lora": True}),
     ("lokr", {"dora_wd": True, "wd_on_output": False}),
     ("lokr", {"unbalanced_factorization": True, "decompose_both": True, "factor": 4}),
     ("full", {}),
