@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from adapters import adapt, difference, load, options_for, output, stir
+from safetensors.torch import save_file
 from torch import nn
 
 from library.training.errors import UserError
-from library.training.network import build_adapter, check_network
+from library.training.network import adapter_state_dict, build_adapter, check_network
 from library.training.options import Options
 
 
@@ -27,7 +28,7 @@ class TestBuild:
         for group in adapter.groups:
             assert all(named[n] is p for n, p in zip(group["named"], group["params"], strict=True))
             assert all(p.requires_grad and p.dtype == torch.float32 for p in group["params"])
-        assert (adapter.trains_unet, adapter.trains_text_encoder) == (True, True)
+        assert adapter.trains_text_encoder
 
     def test_sdxls_text_encoders_have_learning_rates_of_their_own(self, tiny_sdxl: Path) -> None:
         adapter = adapt(load(tiny_sdxl, True), tiny_sdxl, text_encoder_lr=[1e-5, 2e-5])
@@ -49,7 +50,7 @@ class TestBuild:
     def test_parts(self, tiny_sd1: Path, options: dict[str, Any], unet: bool, text: bool) -> None:
         model = load(tiny_sd1)
         adapter = adapt(model, tiny_sd1, **options)
-        assert (adapter.trains_unet, adapter.trains_text_encoder) == (unet, text)
+        assert adapter.trains_text_encoder == text
         output(model).sum().backward()
         names = {n for n, p in adapter.network.named_parameters() if p.grad is not None}
         assert any(name.startswith("lora_unet") for name in names) == unet
@@ -193,6 +194,50 @@ class TestThirdParty:
         name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj.weight"
         assert adapter.groups[0]["named"][0] == name
         assert adapter.network.dropout == 0.1
+
+    def test_one_group_for_all_trains_the_text_encoder_too(
+        self, tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def one_group(self: nn.Module, *_: Any) -> list[dict[str, Any]]:
+            return [{"params": self.parameters(), "lr": 1e-4}]
+
+        monkeypatch.setattr(ThirdPartyNetwork, "prepare_optimizer_params", one_group)
+        model = load(tiny_sd1)
+        adapter = adapt(model, tiny_sd1, network_module="their_network")
+        assert adapter.group_labels == ["unet and text_encoder"]
+        assert adapter.trains_text_encoder
+        unet_only = {"network_module": "their_network", "network_train_unet_only": True}
+        assert not adapt(model, tiny_sd1, **unet_only).trains_text_encoder
+
+    def test_it_is_called_as_stock_does(
+        self, tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[str] = []
+        arguments = {"prepare_network": 1, "prepare_grad_etc": 2}
+        arguments |= {"on_epoch_start": 2, "on_step_start": 2}
+        for hook, count in arguments.items():
+
+            def called(self: nn.Module, *given: Any, hook: str = hook, count: int = count) -> None:
+                assert len(given) == count
+                calls.append(hook)
+
+            monkeypatch.setattr(ThirdPartyNetwork, hook, called, raising=False)
+        adapter = adapt(load(tiny_sd1), tiny_sd1, network_module="their_network")
+        assert calls == ["prepare_network", "prepare_grad_etc"]
+        adapter.begin_epoch()
+        adapter.begin_step()
+        assert calls[2:] == ["on_epoch_start", "on_step_start"]
+
+    def test_it_writes_its_own_file(self, tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def save_weights(self: nn.Module, file: str, dtype: Any, metadata: Any) -> None:
+            save_file({"theirs": torch.ones(2, dtype=dtype)}, file, metadata)
+
+        monkeypatch.setattr(ThirdPartyNetwork, "save_weights", save_weights, raising=False)
+        adapter = adapt(load(tiny_sd1), tiny_sd1, network_module="their_network")
+        saved = adapter_state_dict(adapter, torch.float16)
+        assert {name: (w.dtype, w.tolist()) for name, w in saved.items()} == {
+            "theirs": (torch.float16, [1.0, 1.0])
+        }
 
     def test_what_it_cannot_do_is_refused(self, tiny_sdxl: Path) -> None:
         model = load(tiny_sdxl, True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from runs import ROOT, same_weights, words, write_dataset
 from safetensors import safe_open
@@ -63,6 +64,62 @@ def test_accumulation_over_a_whole_epoch_is_one_step_an_epoch(tmp_path: Path) ->
     assert run(tmp_path, max_train_epochs=3, **options) == 0
     progress = json.loads((tmp_path / "short-state" / "progress.json").read_text())
     assert (progress["step"], progress["epoch"], progress["index"]) == (3, 3, 0)
+
+
+def test_a_resume_with_longer_epochs_trains_to_the_end(tmp_path: Path) -> None:
+    """Four steps an epoch become two by accumulation: five are left, three epochs of them."""
+    options = {"save_state": True, "save_every_n_steps": 4, "max_train_steps": 9}
+    assert run(tmp_path, output_name="first", **options) == 0
+    state = tmp_path / "first-step00000004-state"
+    again = {"gradient_accumulation_steps": 2, "output_name": "second", "resume": state}
+    assert run(tmp_path, **options, **again) == 0
+    progress = json.loads((tmp_path / "second-state" / "progress.json").read_text())
+    assert (progress["step"], progress["epoch"], progress["index"]) == (9, 3, 2)
+    assert len(progress["recent_losses"]) == 2  # of an epoch's two steps
+
+
+def test_a_resume_takes_the_seed_that_the_first_run_drew(tmp_path: Path) -> None:
+    options = {"seed": None, "save_state": True, "save_every_n_steps": 2}
+    assert run(tmp_path, output_name="whole", **options) == 0
+    state = tmp_path / "whole-step00000002-state"
+    assert run(tmp_path, output_name="rest", resume=state, **options) == 0
+    assert same_weights(tmp_path / "whole.safetensors", tmp_path / "rest.safetensors")
+
+
+def test_a_resume_with_another_optimizer_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, save_state_on_train_end=True) == 0
+    options = {"optimizer_type": "AdamW", "max_train_steps": 8}
+    assert run(tmp_path, resume=tmp_path / "short-state", **options) == 2
+    said = capsys.readouterr().err
+    assert "HinaAdamWOptimizer" in said
+    assert "torch.optim.adamw.AdamW" in said
+
+
+def test_the_last_step_ends_its_epoch(tmp_path: Path) -> None:
+    """Epochs have four steps; six end in the middle of the second."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat --w 64 --h 64 --s 1\n")
+    options = {"sample_prompts": prompts, "sample_every_n_epochs": 1, "validation_split": 0.1}
+    assert run(tmp_path, max_train_steps=6, save_state_on_train_end=True, **options) == 0
+    assert len(list((tmp_path / "sample").glob("short_e00000[12]_*.png"))) == 2
+    assert len(history(tmp_path / "short-state")["loss/validation/epoch_average"]) == 2
+    with safe_open(tmp_path / "short.safetensors", "pt") as file:
+        assert file.metadata()["ss_epoch"] == file.metadata()["ss_num_epochs"] == "2"
+
+
+def test_norms_of_gradients_and_weights_are_logged(tmp_path: Path) -> None:
+    for name, limit in (("clipped", 1e-3), ("free", 0)):
+        options = {"output_name": name, "max_grad_norm": limit, "optimizer_type": "SGDNesterov"}
+        assert run(tmp_path, save_state_on_train_end=True, **options) == 0
+    clipped, free = (history(tmp_path / f"{name}-state") for name in ("clipped", "free"))
+    assert len(free["norm/weights"]) == len(free["norm/gradient"]) == 4
+    # Before clipping, and the same at the first step.
+    assert clipped["norm/gradient"][0] == free["norm/gradient"][0] > 1e-3
+    trained = load_file(tmp_path / "free.safetensors")
+    norms = [w.double().norm() for name, w in trained.items() if not name.endswith("alpha")]
+    assert free["norm/weights"][-1] == pytest.approx(float(torch.stack(norms).norm()), rel=1e-5)
 
 
 def test_two_runs_are_the_same_and_another_seed_is_not(tmp_path: Path) -> None:

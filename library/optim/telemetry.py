@@ -27,9 +27,11 @@ def optimizer_report(optimizer: Any) -> dict[str, float]:
     """Flat figures of the last step, as means over tensors; empty before one and for optimizers
     of other libraries.
 
+    One copy from the device, however many tensors there are: it is called at every step.
+
     `effective_lr/<role>` (lr times the pair's factor), `weight_decay/<role>`, and what the chain's
     techniques note: `tam/alignment` (ŝ), `cautious/masked_share` (share of elements that did not
-    move), `spd/projected_share` (share of tensors pulled back). Reads the device once.
+    move), `spd/projected_share` (share of tensors pulled back).
 
     Args:
         optimizer: any optimizer, also one wrapped by accelerate.
@@ -37,22 +39,27 @@ def optimizer_report(optimizer: Any) -> dict[str, float]:
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(optimizer, ChainOptimizer):
         return {}
-    values: dict[str, list[Tensor]] = defaultdict(list)
+    on_device = [
+        value.reshape(-1).float()
+        for record in optimizer.last_step
+        for value in record.values.values()
+        if isinstance(value, Tensor)
+    ]
+    read = iter(_in_one_copy(on_device))
+    values: dict[str, list[float]] = defaultdict(list)
     for record in optimizer.last_step:
         for name, value in record.values.items():
-            per_tensor = (
-                value if isinstance(value, Tensor) else torch.full((len(record.roles),), value)
-            )
-            if name not in _BY_ROLE:
-                values[name].append(per_tensor)
-                continue
-            for role in sorted(set(record.roles)):
-                mine = torch.tensor([own == role for own in record.roles])
-                values[f"{name}/{role}"].append(per_tensor.to("cpu")[mine])
-    return {
-        name: torch.cat([v.cpu() for v in parts]).mean().item()
-        for name, parts in sorted(values.items())
-    }
+            for role in record.roles:
+                own = next(read) if isinstance(value, Tensor) else value
+                values[f"{name}/{role}" if name in _BY_ROLE else name].append(own)
+    return {name: sum(own) / len(own) for name, own in sorted(values.items())}
+
+
+def _in_one_copy(tensors: list[Tensor]) -> list[float]:
+    if not tensors:
+        return []
+    figures: list[float] = torch.cat([each.to(tensors[0].device) for each in tensors]).tolist()
+    return figures
 
 
 def optimizer_summary(optimizer: Any) -> list[str]:

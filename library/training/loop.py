@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from library.optim.engine import NonFiniteGradientError
 from library.optim.telemetry import optimizer_report
@@ -24,6 +25,7 @@ from library.training.network import Adapter
 from library.training.nonfinite import NonFiniteError
 from library.training.objective import Objective
 from library.training.options import Options
+from library.training.plan import Plan
 from library.training.processes import average_gradients, gather, mean_over_processes
 from library.training.report import Report
 from library.training.sampling import Sampler, should_sample
@@ -52,31 +54,32 @@ class Loop:
     lr_scheduler: Any
     report: Report
     validation: Validation | None
-    total_epochs: int
-    progress: Progress = field(default_factory=Progress)
-    # These two need the loop itself, or where it stands after a resume.
+    plan: Plan
+    progress: Progress
+    # These two need the loop itself.
     checkpoints: Checkpoints = field(init=False)
     sampler: Sampler | None = None
 
     def __post_init__(self) -> None:
         self.parameters = [p for group in self.adapter.groups for p in group["params"]]
-        # As many losses as an epoch has micro-batches: the moving average that stock shows.
-        self.recent = deque(self.progress.recent_losses, maxlen=self._batches)
+        # The losses of an epoch's worth of steps: the moving average that stock shows.
+        self.recent = deque(self.progress.recent_losses, maxlen=self.plan.steps_per_epoch)
 
     @property
     def _batches(self) -> int:
-        return self.data.steps_per_epoch(self.accelerator.num_processes)
+        return self.progress.batches_per_epoch
 
     def run(self, interrupt: Interrupt) -> bool:
         """Train from `progress` to the last step. False if Ctrl-C ended it after an earlier one."""
-        self.progress.batches_per_epoch = self._batches
-        self.progress.num_processes = self.accelerator.num_processes
         if should_sample(self.options, None, 0) and self.progress.step == 0:
             self._sample(epoch=None)
         self.adapter.network.train()
         micro_losses: list[Tensor] = []
         paths: list[str] = []
         for epoch, index, batch in self._batches_from_here():
+            if index == 0:
+                self.adapter.begin_epoch()
+            self.adapter.begin_step()
             size = self._accumulated(index)
             losses = self.objective(batch)
             loss = losses.mean()
@@ -96,14 +99,15 @@ class Loop:
     def save_final(self) -> Path:
         """Write the adapter as it is now, and the state where that is asked for."""
         with self._inference():
-            return self.checkpoints.at_end(self.progress.step, self.progress.epoch)
+            begun = self.progress.epoch + (self.progress.index > 0)
+            return self.checkpoints.at_end(self.progress.step, begun)
 
     def _batches_from_here(self) -> Iterator[tuple[int, int, Batch]]:
         return iter(
             self.data.loader(
                 self.options,
                 start=(self.progress.epoch, self.progress.index),
-                epochs=self.total_epochs,
+                epochs=self.plan.epochs,
                 process_index=self.accelerator.process_index,
                 num_processes=self.accelerator.num_processes,
             )
@@ -128,6 +132,7 @@ class Loop:
             self._stop_unless_finite(norm, step, paths)
             extras["norm/gradient"] = norm
         self._update(step, paths)
+        extras["norm/weights"] = get_total_norm(self.parameters).item()
         if self.options.scale_weight_norms:
             keys, mean_norm, max_norm = self._scale_weight_norms()
             extras |= {"max_norm/keys_scaled": keys, "max_norm/average": mean_norm}
@@ -154,15 +159,15 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _clip_gradients(self) -> float | None:
-        """The gradients' norm before clipping; None where nothing clips, to spare the pass."""
-        if not self.options.max_grad_norm:
-            return None
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
-        return None if norm is None or self._scaler_finds_scale(norm) else norm.item()
-
-    def _scaler_finds_scale(self, norm: Tensor) -> bool:
-        # With a gradient scaler an overflow is expected now and then: the scaler skips that step.
-        return self.accelerator.scaler is not None and not bool(torch.isfinite(norm))
+        """The gradients' norm before clipping; None while a gradient scaler finds its scale."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = get_total_norm(gradients)
+        if self.accelerator.scaler is not None and not bool(torch.isfinite(norm)):
+            return None  # expected now and then: the scaler skips that step
+        if self.options.max_grad_norm:
+            clip_grads_with_norm_(self.parameters, self.options.max_grad_norm, norm)
+        return norm.item()
 
     def _scale_weight_norms(self) -> tuple[float, float, float]:
         network: Any = self.adapter.network
@@ -182,8 +187,9 @@ class Loop:
         if self._validation_due(self.options.validate_every_n_steps, step):
             self._validate(epoch + 1)
         self._save(lambda: self.checkpoints.at_step(step, epoch + 1))
-        if not ends_epoch:
+        if not ends_epoch and step < self.options.max_train_steps:
             return
+        # The last step ends its epoch in any case, as in stock.
         self.report.epoch_end(epoch + 1, sum(self.recent) / len(self.recent))
         if self._validates_after_epoch(epoch + 1):
             self._validate(epoch + 1)
@@ -271,7 +277,10 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def restore(self, state: TrainingState) -> None:
-        """Go on from `state`: weights, optimizer, schedule, generators and position."""
+        """Go on from `state`: weights, optimizer, schedule and generators.
+
+        UserError if it is that of another network.
+        """
         self.adapter.load_training_state(state.network)
         self.bare_optimizer.load_state_dict(state.optimizer)
         if evaluates(self.bare_optimizer):
@@ -281,21 +290,7 @@ class Loop:
             self.accelerator.scaler.load_state_dict(state.scaler)
         if len(state.random) == self.accelerator.num_processes:
             restore_random_state(state.random[self.accelerator.process_index])
-        self.progress = state.progress
-        self.recent = deque(state.progress.recent_losses, maxlen=self._batches)
         self.report.restore(state.progress.history)
-        self._check_same_data()
-
-    def _check_same_data(self) -> None:
-        before = (self.progress.batches_per_epoch, self.progress.num_processes)
-        now = (self._batches, self.accelerator.num_processes)
-        if before != now and self.progress.index:
-            log.warning(
-                "the state was saved with %d batches an epoch on %d process(es), now there are "
-                "%d on %d: epoch %d starts anew",
-                *(*before, *now, self.progress.epoch + 1),
-            )
-            self.progress.index = 0
 
 
 def evaluates(optimizer: torch.optim.Optimizer) -> bool:

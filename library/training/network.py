@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from library.optim.naming import name_groups
@@ -24,6 +27,9 @@ __all__ = ["Adapter", "adapter_state_dict", "build_adapter", "check_network"]
 
 log = logging.getLogger(__name__)
 
+# Labels of groups in which text encoders may take part.
+UNCLEAR = BOTH, UNKNOWN = ("unet and text_encoder", "adapter")
+
 
 @dataclass
 class Adapter:
@@ -36,7 +42,7 @@ class Adapter:
             `unet_block4`; with ` plus` the faster half of LoRA+.
         module_name: `--network_module`.
         network_args: `--network_args` as they were typed.
-        trains_unet, trains_text_encoder: whether that part has parameters in a group.
+        trains_text_encoder: whether a group may hold parameters of a text encoder.
     """
 
     network: nn.Module
@@ -44,8 +50,21 @@ class Adapter:
     group_labels: list[str]
     module_name: str
     network_args: dict[str, str]
-    trains_unet: bool
     trains_text_encoder: bool
+    parts: tuple[Any, nn.Module]  # text encoder(s) and UNet, as network modules expect them
+
+    def begin_epoch(self) -> None:
+        """Tell the network that an epoch begins, as stock does."""
+        self._call("on_epoch_start")
+
+    def begin_step(self) -> None:
+        """Tell the network that a micro-batch begins, as stock does."""
+        self._call("on_step_start")
+
+    def _call(self, hook: str) -> None:
+        method = getattr(self.network, hook, None)
+        if method is not None:
+            method(*self.parts)
 
     def training_state(self) -> dict[str, Tensor]:
         """All that the network's output depends on, exactly; files round and fold some of it."""
@@ -82,9 +101,11 @@ def build_adapter(options: Options, model: DiffusionModel) -> Adapter:
     _merge_base_weights(options, model, module)
     arguments, _ = split_arguments(options.network_args)
     network = _create(options, model, module, arguments)
+    if hasattr(network, "prepare_network"):
+        network.prepare_network(options)
+    parts = (_text_encoder(model), model.unet)
     network.apply_to(
-        _text_encoder(model),
-        model.unet,
+        *parts,
         not options.network_train_unet_only,
         not options.network_train_text_encoder_only,
     )
@@ -94,6 +115,8 @@ def build_adapter(options: Options, model: DiffusionModel) -> Adapter:
     if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
         raise UserError(f"--scale_weight_norms: {name} cannot do it; leave it out.")
     _set_precision(options, network)
+    if hasattr(network, "prepare_grad_etc"):
+        network.prepare_grad_etc(*parts)
     groups, labels = _groups(options, network)
     adapter = Adapter(
         network=network,
@@ -101,8 +124,9 @@ def build_adapter(options: Options, model: DiffusionModel) -> Adapter:
         group_labels=labels,
         module_name=name,
         network_args=arguments,
-        trains_unet=any(label.startswith("unet") for label in labels),
-        trains_text_encoder=any(label.startswith("text_encoder") for label in labels),
+        trains_text_encoder=not options.network_train_unet_only
+        and any(label.startswith("text_encoder") or label in UNCLEAR for label in labels),
+        parts=parts,
     )
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(adapter, model)
@@ -110,8 +134,17 @@ def build_adapter(options: Options, model: DiffusionModel) -> Adapter:
 
 
 def adapter_state_dict(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors of the adapter's file under stock's keys, in `dtype` (None: as trained)."""
-    return saved_tensors(adapter.network.state_dict(), dtype)
+    """The tensors of the adapter's file under stock's keys, in `dtype` (None: as trained).
+
+    A network of another project is asked to save itself: what it writes may not be what it trains.
+    """
+    network: Any = adapter.network
+    if isinstance(network, AdapterNetwork) or not hasattr(network, "save_weights"):
+        return saved_tensors(network.state_dict(), dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "network.safetensors")
+        network.save_weights(file, dtype, {})
+        return load_file(file)
 
 
 def enable_gradient_checkpointing(adapter: Adapter, model: DiffusionModel) -> None:
@@ -205,4 +238,4 @@ def _part(names: list[str]) -> str:
     """The label of a group whose network gave none: the part that its names are of."""
     parts = {UNET_PREFIX: "unet", TEXT_PREFIX: "text_encoder"}
     found = [parts[p] for p in parts if any(name.startswith(p) for name in names)]
-    return found[0] if len(found) == 1 else "unet and text_encoder" if found else "adapter"
+    return found[0] if len(found) == 1 else BOTH if found else UNKNOWN

@@ -34,6 +34,7 @@ class Progress:
     batches_per_epoch: int = 0
     num_processes: int = 1
     seed: int = 0
+    optimizer: str = ""  # its class, by import path
     recent_losses: list[float] = field(default_factory=list)
     history: dict[str, Any] = field(default_factory=dict)
 
@@ -111,6 +112,14 @@ def load_state(path: Path) -> TrainingState:
         scaler=_load(path / "scaler.pt"),
         random=[_load(file) for file in ranks],
     )
+
+
+def saved_seed(path: Path) -> int | None:
+    """The seed of the run that wrote the state at `path`; None if that is no readable state."""
+    if check_state(path):
+        return None
+    seed: int = json.loads((path / "progress.json").read_text(encoding="utf-8"))["seed"]
+    return seed
 
 
 def check_state(path: Path) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from library.optim.telemetry import optimizer_summary
 from library.training.accelerator import make_accelerator, shared_seed, weight_dtype
 from library.training.checkpoints import Checkpoints
 from library.training.config import CheckedRun, check
-from library.training.data import TrainingData
 from library.training.errors import UserError
 from library.training.interrupt import Interrupt
 from library.training.log import setup_logging
@@ -30,11 +28,12 @@ from library.training.noise import NoiseSchedule
 from library.training.objective import Objective
 from library.training.options import Options
 from library.training.outcome import announce, leave_report
+from library.training.plan import Plan, begin, plan_run
 from library.training.processes import broadcast_parameters
 from library.training.provenance import Provenance
 from library.training.report import Report
 from library.training.sampling import Sampler, read_prompts
-from library.training.state import load_state
+from library.training.state import load_state, saved_seed
 from library.training.text import TextEncoding
 from library.training.validation import Validation
 
@@ -53,6 +52,8 @@ class NetworkTrainer:
         """
         options = args if isinstance(args, Options) else Options.from_namespace(args)
         setup_logging(options)
+        if options.seed is None and options.resume:
+            options.seed = saved_seed(Path(options.resume))
         options.seed = shared_seed(options)
         run = check(options, sdxl=self.sdxl)
         options = run.options
@@ -109,6 +110,14 @@ def assemble(
 ) -> Loop:
     """Put the parts of a run together, and bring them to where `--resume` left them."""
     options = run.options
+    state = load_state(Path(options.resume)) if options.resume else None
+    processes = accelerator.num_processes
+    start = begin(
+        options, state and state.progress, run.train_data.steps_per_epoch(processes), processes
+    )
+    plan = plan_run(options, start)
+    options.max_train_steps = plan.steps
+    log.info("%s", describe(plan, run, processes))
     parameters = [p for group in adapter.groups for p in group["params"]]
     broadcast_parameters(parameters, accelerator)
     optimizer_path, arguments, optimizer = create_optimizer(
@@ -116,9 +125,15 @@ def assemble(
     )
     optimizer_text = f"{optimizer_path}({arguments})" if arguments else optimizer_path
     log.info("optimizer: %s", optimizer_text)
+    if state is not None and start.optimizer != optimizer_path:
+        raise UserError(
+            f"--resume: the state holds that of the optimizer {start.optimizer}, and "
+            f"--optimizer_type {options.optimizer_type} is {optimizer_path}. Resume with the same "
+            "one, or start from the adapter's file: --network_weights."
+        )
+    start.optimizer = optimizer_path
     for line in optimizer_summary(optimizer):
         log.info("%s", line)
-    total_epochs = _plan_steps(options, run, accelerator)
     loop = Loop(
         options=options,
         accelerator=accelerator,
@@ -132,71 +147,29 @@ def assemble(
             TextEncoding(model, options, adapter.trains_text_encoder),
         ),
         optimizer=accelerator.prepare(optimizer),
-        lr_scheduler=make_lr_scheduler(options, optimizer, options.max_train_steps),
-        report=Report(options, options.max_train_steps, total_epochs, accelerator.is_main_process),
+        lr_scheduler=make_lr_scheduler(options, optimizer, plan.steps),
+        report=Report(options, plan.steps, plan.epochs, accelerator.is_main_process),
         validation=None
         if run.validation_data is None
         else Validation(options, accelerator, run.validation_data),
-        total_epochs=total_epochs,
+        plan=plan,
+        progress=start,
     )
-    if options.resume:
-        loop.restore(load_state(Path(options.resume)))
-        log.info("resumed %s: going on after step %d", options.resume, loop.progress.step)
-    set_start(loop)
-    check_steps_left(loop)
+    if state is not None:
+        loop.restore(state)
+        log.info("resumed %s: going on after step %d", options.resume, start.step)
     loop.checkpoints = _checkpoints(loop, run, model.kind, optimizer_text)
     loop.sampler = _sampler(loop, model)
     return loop
 
 
-def set_start(loop: Loop) -> None:
-    """`--initial_epoch` and `--initial_step`: begin to count elsewhere than at 0, as in stock.
-
-    The data go on from there with `--skip_until_initial_step`; without, the counting alone does.
-    """
-    options = loop.options
-    per_epoch = steps_per_epoch(loop.data, options, loop.accelerator)
-    first = options.initial_step
-    if first is None and options.initial_epoch is not None:
-        first = (options.initial_epoch - 1) * per_epoch
-    if not first:
-        return
-    loop.progress.step = first
-    loop.progress.epoch, done = divmod(first, per_epoch)
-    skips = options.skip_until_initial_step
-    loop.progress.index = done * options.gradient_accumulation_steps if skips else 0
-
-
-def check_steps_left(loop: Loop) -> None:
-    """UserError if the run would begin (by --resume, --initial_…) where it ends."""
-    first, last = loop.progress.step, loop.options.max_train_steps
-    if first >= last:
-        raise UserError(
-            f"the run would begin after step {first} (--resume, --initial_step, --initial_epoch) "
-            f"and end at {last} (--max_train_steps, --max_train_epochs): nothing is left to do. "
-            "These count from the run's very beginning; raise them to train on."
-        )
-
-
-def steps_per_epoch(data: TrainingData, options: Options, accelerator: Accelerator) -> int:
-    """Optimizer steps an epoch; the last may have fewer micro-batches."""
-    batches = data.steps_per_epoch(accelerator.num_processes)
-    return math.ceil(batches / options.gradient_accumulation_steps)
-
-
-def _plan_steps(options: Options, run: CheckedRun, accelerator: Accelerator) -> int:
-    """Settle `max_train_steps` by `max_train_epochs`; returns how many epochs are begun."""
-    per_epoch = steps_per_epoch(run.train_data, options, accelerator)
-    if options.max_train_epochs:
-        options.max_train_steps = options.max_train_epochs * per_epoch
-    epochs = math.ceil(options.max_train_steps / per_epoch)
-    log.info(
-        "%d steps: %d epochs of %d steps, batches of %s, %d accumulated, %d process(es)",
-        *(options.max_train_steps, epochs, per_epoch),
-        "/".join(str(each.spec.batch_size) for each in run.train_data.sets),
-        *(options.gradient_accumulation_steps, accelerator.num_processes),
+def describe(plan: Plan, run: CheckedRun, processes: int) -> str:
+    """The run's length in a line."""
+    batches = "/".join(str(each.spec.batch_size) for each in run.train_data.sets)
+    return (
+        f"{plan.steps} steps: {plan.epochs} epochs of {plan.steps_per_epoch} steps, batches of "
+        f"{batches}, {run.options.gradient_accumulation_steps} accumulated, {processes} process(es)"
     )
-    return epochs
 
 
 def _checkpoints(loop: Loop, run: CheckedRun, kind: Kind, optimizer_text: str) -> Checkpoints:
@@ -208,7 +181,7 @@ def _checkpoints(loop: Loop, run: CheckedRun, kind: Kind, optimizer_text: str) -
         validation_data=run.validation_data,
         network_args=adapter.network_args,
         optimizer=optimizer_text,
-        num_epochs=loop.total_epochs,
+        num_epochs=loop.plan.epochs,
         num_processes=loop.accelerator.num_processes,
     )
     return Checkpoints(
@@ -216,7 +189,7 @@ def _checkpoints(loop: Loop, run: CheckedRun, kind: Kind, optimizer_text: str) -
         state_dict=lambda dtype: adapter_state_dict(adapter, dtype),
         metadata=provenance.metadata,
         save_state=loop.write_state,
-        total_epochs=loop.total_epochs,
+        total_epochs=loop.plan.epochs,
         is_main=loop.accelerator.is_main_process,
     )
 
