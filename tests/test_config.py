@@ -451,8 +451,7 @@ class TestCheck:
         run = check(options)
         assert len(run.train_data.records) == 3
         assert run.validation_data is None
-        assert run.network_kwargs == {"conv_dim": "2"}
-        assert run.optimizer_spec.name == "HinaAdamW"
+        assert run.options.optimizer_type == "HinaAdamW"
         assert run.optimizer_kwargs == {"weight_decay": 0.02}
         assert run.notes == []
         assert not (tmp_path / "output").exists()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from library.training.config_file import read_config_file, write_config_file
 from library.training.errors import UserError
-from library.training.network_check import split_arguments
 from library.training.option_checks import option_problems
 from library.training.option_notes import option_notes
 from library.training.options import OPTIONS, Options, setup_parser
@@ -23,7 +22,6 @@ from library.training.run_checks import check_optimizer, open_data, run_problems
 from library.training.settle import settle
 
 if TYPE_CHECKING:
-    from library.optim.registry import OptimizerSpec
     from library.training.data import TrainingData
 
 
@@ -35,8 +33,6 @@ class CheckedRun:
     train_data: TrainingData
     validation_data: TrainingData | None
     notes: list[str]  # remarks for the log
-    network_kwargs: dict[str, str]
-    optimizer_spec: OptimizerSpec
     optimizer_kwargs: dict[str, Any]
 
 
@@ -77,16 +73,16 @@ def _typed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[
 def check(options: Options | argparse.Namespace, sdxl: bool = False) -> CheckedRun:
     """Check everything about a run that can be checked without loading its model.
 
-    `options.seed` must be set: the data depends on it. Returns the settled options with the data,
-    optimizer and arguments that checking resolved. UserError lists every problem found, in the
-    options, files, pictures and packages.
+    `options.seed` must be set: the data depends on it. Returns the settled options with the data
+    and the optimizer's arguments that checking resolved. UserError lists every problem found, in
+    the options, files, pictures and packages.
     """
     options = settle(Options.from_namespace(options))
     problems = option_problems(options, sdxl)
     problems += without_repeats(run_problems(options, sdxl), problems)
-    spec, arguments = check_optimizer(options, problems)
+    optimizer_kwargs = check_optimizer(options, problems)
     data = open_data(options, problems)
-    if problems or data is None or spec is None:
+    if problems or data is None:
         raise UserError.listing(dict.fromkeys(problems))
     train_data, validation_data = data
     return CheckedRun(
@@ -94,7 +90,5 @@ def check(options: Options | argparse.Namespace, sdxl: bool = False) -> CheckedR
         train_data=train_data,
         validation_data=validation_data,
         notes=[*options.notes, *option_notes(options, sdxl)],
-        network_kwargs=split_arguments(options.network_args)[0],
-        optimizer_spec=spec,
-        optimizer_kwargs=arguments,
+        optimizer_kwargs=optimizer_kwargs,
     )

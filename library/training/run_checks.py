@@ -14,7 +14,6 @@ from library.training.errors import UserError
 from library.training.options import Options
 
 if TYPE_CHECKING:
-    from library.optim.registry import OptimizerSpec
     from library.training.data import TrainingData
 
 
@@ -57,10 +56,8 @@ def _gpu(options: Options) -> Iterator[str]:
         )
 
 
-def check_optimizer(
-    options: Options, problems: list[str]
-) -> tuple[OptimizerSpec | None, dict[str, Any]]:
-    """The optimizer's spec and arguments; what is wrong with them is added to `problems`."""
+def check_optimizer(options: Options, problems: list[str]) -> dict[str, Any]:
+    """The optimizer's arguments; what is wrong with it or them is added to `problems`."""
     from library.optim import registry
 
     spec, cls = None, None
@@ -76,7 +73,7 @@ def check_optimizer(
             registry.check_arguments(cls, arguments, spec.fixed)
     except ValueError as error:
         problems.append(f"--optimizer_args: {error}")
-    return spec, arguments
+    return arguments
 
 
 def open_data(
