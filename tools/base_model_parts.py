@@ -116,6 +116,11 @@ def make_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *map(" ".join, merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The one that `make_tokenizer` wrote into `folder`."""
     return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
 
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from base_model_parts import (
     MAX_TOKENS,
+    load_tokenizer,
     make_scheduler,
     make_text_encoder,
     make_tokenizer,
@@ -67,6 +68,10 @@ class Workers:
         torch._foreach_copy_(
             gradients, [m.view_as(g) for m, g in zip(means, gradients, strict=True)]
         )
+
+    def wait(self) -> None:
+        if self.count > 1:
+            dist.barrier()
 
     def log(self, message: str) -> None:
         if self.rank == 0:
@@ -259,7 +264,10 @@ def train_diffusion(
 ) -> None:
     """Trains text encoder and UNet on the latents; writes the averaged weights."""
     captions = [picture.caption for picture in pictures]
-    tokenizer = make_tokenizer(captions, args.out / "tokenizer")
+    if workers.rank == 0:
+        make_tokenizer(captions, args.out / "tokenizer")
+    workers.wait()
+    tokenizer = load_tokenizer(args.out / "tokenizer")
     if args.init:
         unet = UNet2DConditionModel.from_pretrained(args.init / "unet", dtype=torch.float32)
         text_encoder = CLIPTextModel.from_pretrained(
