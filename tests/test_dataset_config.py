@@ -186,6 +186,17 @@ def test_files_that_are_no_config(folder: Path, tmp_path: Path) -> None:
         read_datasets(options_for(dataset_config=str(tmp_path / "latin.toml")))
 
 
+def test_custom_attributes_are_carried_but_for_the_one_that_asks_for_something(
+    folder: Path,
+) -> None:
+    text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{cats}'\ncustom_attributes = "
+    (spec,) = config(folder, text + "{of = 'me', diff_output_preservation = false}")
+    assert spec.subsets[0].custom_attributes["of"] == "me"
+    message = mistakes(folder, text + "{diff_output_preservation = true}")
+    assert "datasets[0].subsets[0].custom_attributes" in message
+    assert "diff_output_preservation, which is not built yet" in message
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -57,7 +57,7 @@ class SubsetSpec:
     resize_interpolation: str | None = None
     validation_seed: int | None = None
     validation_split: float = 0.0
-    custom_attributes: dict[str, Any] = field(default_factory=dict)  # carried along, not used
+    custom_attributes: dict[str, Any] = field(default_factory=dict)  # carried along
 
     @property
     def source(self) -> str:

@@ -26,9 +26,12 @@ def text(value: Any) -> str:
     return value
 
 
-def table(value: Any) -> dict[str, Any]:
+def attributes(value: Any) -> dict[str, Any]:
+    """custom_attributes: whatever the user likes, but for the one that asks for something."""
     if not isinstance(value, dict):
         raise ValueError("a table of values")
+    if value.get("diff_output_preservation"):
+        raise ValueError("a table without diff_output_preservation, which is not built yet")
     return value
 
 
@@ -149,7 +152,7 @@ SUBSET_KEYS: dict[str, Reader] = {
     "caption_dropout_rate": number(0, 1),
     "caption_dropout_every_n_epochs": whole(0),
     "caption_tag_dropout_rate": number(0, 1),
-    "custom_attributes": table,
+    "custom_attributes": attributes,
     "resize_interpolation": interpolation,
     **_CAPTION_FILE_KEYS,
 }
