@@ -60,7 +60,7 @@ class HinaAdamWOptimizer(ChainOptimizer):
             `regular` and a warning says so.
         lr: learning rate; groups may set their own, as with `betas`, `eps` and `weight_decay`.
         betas: decay of the first and second moment, each in [0, 1).
-        eps: floor of the denominator.
+        eps: floor of the denominator, at least float32's smallest normal number (1.2e-38).
         weight_decay: decoupled weight decay.
         use_orthogonal_grad: only the part of the gradient orthogonal to the parameter.
         use_agr: damp elements that hold much of the gradient.

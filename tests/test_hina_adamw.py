@@ -87,6 +87,8 @@ def test_defaults_are_the_specified_ones():
         ("betas", (-0.1, 0.9)),
         ("betas", (0.9,)),
         ("eps", -1e-8),
+        ("eps", 0),
+        ("eps", 1e-50),  # zero in float32
         ("weight_decay", -0.1),
         ("tam_beta", 1.0),
         ("use_agr", "yes"),
@@ -111,6 +113,19 @@ def test_impossible_values_of_a_group_are_named():
     optimizer = HinaAdamWOptimizer(lokr_parameters().items())
     with pytest.raises(ValueError, match="lr"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": float("nan")})
+
+
+def test_the_smallest_eps_divides_zero_gradients():
+    """A new LoRA's gradients are zero, and so is the padding: 0/max(√0, ε) must stay 0."""
+    params = lokr_parameters()
+    tiny = torch.finfo(torch.float32).tiny
+    for switches in ({}, {"use_adopt_stability": False}):
+        optimizer = HinaAdamWOptimizer(params.items(), eps=tiny, **switches)
+        for _ in range(3):
+            set_gradients(params)
+            params["y.lora_down.weight"].grad.zero_()
+            optimizer.step()
+        assert all(p.isfinite().all() for p in params.values())
 
 
 def test_a_learning_rate_that_becomes_nan_is_an_error():

@@ -155,6 +155,17 @@ def test_options_of_the_same_groups_are_taken_over():
     assert [id(p) for p in second.param_groups[0]["params"]] == [id(p) for p in params.values()]
 
 
+def test_impossible_options_are_refused_and_change_nothing():
+    params = make_parameters()
+    saved = torch.optim.AdamW(params.items(), eps=0).state_dict()
+    optimizer = make_optimizer(params)
+    train(optimizer, params, range(1))
+    with pytest.raises(ValueError, match="saved state for HinaAdamWOptimizer: eps=0 is not"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["eps"] == 1e-8
+    assert optimizer.state[params["x.lokr_w1"]]["step"] == 1
+
+
 def test_other_parameters_or_shapes_are_refused():
     params = make_parameters()
     optimizer = make_optimizer(params)

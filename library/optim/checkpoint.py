@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .arguments import check_values
 from .layout import layout_of
 from .state import QUANTIZABLE, Kind, decode, encode
 
@@ -59,10 +60,17 @@ def load(optimizer: ChainOptimizer, state_dict: dict[str, Any]) -> None:
     """Replace the optimizer's state, and the groups' options where the groups are the same.
 
     Raises:
-        ValueError: parameters, groups or shapes that differ from the saved ones.
+        ValueError: parameters, groups or shapes that differ from the saved ones, or a saved option
+            that is impossible; nothing was changed.
     """
     saved_groups = state_dict["param_groups"]
     params, same_groups = _match(optimizer, saved_groups)
+    options = [
+        {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+        for group in (saved_groups if same_groups else [])
+    ]
+    for some in options:
+        check_values(optimizer.RULES, some, f"The saved state for {type(optimizer).__name__}")
     conversions: Counter[str] = Counter()
     loaded = {
         params[index]: _restore(optimizer, params[index], saved, conversions)
@@ -73,9 +81,8 @@ def load(optimizer: ChainOptimizer, state_dict: dict[str, Any]) -> None:
     for param in loaded:
         complete(optimizer, param)
     if same_groups:
-        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-            options = {key: value for key, value in saved.items() if key not in _NOT_OPTIONS}
-            group.update(deepcopy(options))
+        for group, some in zip(optimizer.param_groups, options, strict=True):
+            group.update(deepcopy(some))
     else:
         logger.info(
             "The saved optimizer state is grouped differently: state was found by parameter name, "

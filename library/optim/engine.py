@@ -20,7 +20,7 @@ from .arguments import Rule, check_values, number, one_of, pair, whole_number
 from .layout import BLOCK, Layout, layout_of
 from .roles import Roles, family_of, group_names
 from .state import QUANTIZABLE, Kind, decode, encode
-from .techniques.base import Technique, Work
+from .techniques.base import TINY, Technique, Work
 
 # Elements that run through the chain together: a dozen float32 matrices of them fit a CPU's cache.
 _PIECE = 1 << 17
@@ -76,7 +76,8 @@ class ChainOptimizer(torch.optim.Optimizer):
     RULES: ClassVar[dict[str, Rule]] = {
         "lr": number(0),
         "betas": pair(number(0, 1, open_high=True)),
-        "eps": number(0),
+        # A zero in float32 would divide zero by zero where a gradient is zero.
+        "eps": number(TINY),
         "weight_decay": number(0),
         "optim_bits": one_of(8, 32),
         "min_8bit_size": whole_number(0),
@@ -188,7 +189,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         log line.
 
         Raises:
-            ValueError: parameters or shapes that differ.
+            ValueError: parameters or shapes that differ, or an impossible group option.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
