@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -312,15 +313,31 @@ def test_all_broken_pictures_are_listed_and_can_be_skipped(folder: Path) -> None
 def test_bad_captions_and_folders_are_listed_together(folder: Path) -> None:
     (folder / "2_cat" / "03.txt").write_bytes(b"caf\xe9")
     (folder / "2_cat" / "04.txt").write_bytes(b"")
-    (folder / "1_empty" / "inner").mkdir(parents=True)
-    write_picture(folder / "1_empty" / "inner" / "a.png")
+    (folder / "2_cat" / "05.png").write_bytes(b"")
     with pytest.raises(UserError) as caught:
         TrainingData.open(options_for(folder))
     message = str(caught.value)
-    assert "1_empty: no pictures in it" in message
-    assert "inner has some" in message
+    assert "05.png: is empty" in message
     assert "03.txt: the caption is not UTF-8" in message
     assert "04.txt: the caption file is empty" in message
+
+
+def test_a_folder_without_pictures_is_noted_if_others_have_some(folder: Path) -> None:
+    write_picture(folder / "1_empty" / "inner" / "a.png")
+    (folder / "3_text").mkdir()
+    (folder / "3_text" / "a.txt").touch()
+    data, _ = TrainingData.open(options_for(folder))
+    assert len(data.records) == 7
+    notes = [line for line in data.describe() if line.startswith("note: ")]
+    assert any("1_empty: no pictures in it" in note and "inner has some" in note for note in notes)
+    assert any("3_text: no pictures in it" in note and ".txt files" in note for note in notes)
+    shutil.rmtree(folder / "2_cat")
+    with pytest.raises(UserError) as caught:
+        TrainingData.open(options_for(folder))
+    message = str(caught.value)
+    assert message.startswith("2 problems:")
+    assert "1_empty: no pictures in it" in message
+    assert "3_text: no pictures in it" in message
 
 
 def test_missing_captions_are_told_with_the_way_out(tmp_path: Path) -> None:

@@ -38,18 +38,22 @@ class TrainingData:
         """Find and check all pictures: (for training, for validation).
 
         UserError lists every mistake in the dataset's description, or else every picture that is
-        missing or broken; with `skip_broken_images` those are left out and counted.
+        missing or broken; with `skip_broken_images` those are left out and counted. A folder
+        without pictures is a note where others have some.
         """
         specs = read_datasets(options)
         findings = Findings(_cache_problems(specs, options))
         pairs = [
             gather(spec, number, seed_of(options), findings) for number, spec in enumerate(specs)
         ]
-        _report_findings(findings, options.skip_broken_images)
-        notes = [note for spec in specs for note in spec.notes] + findings.notes
         training, held_out = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        if not any(each.records for each in training):
+        trains = any(each.records for each in training)
+        # An empty folder is left out, as in sd-scripts, unless that leaves nothing.
+        (findings.notes if trains else findings.problems).extend(findings.empty)
+        _report_findings(findings, options.skip_broken_images)
+        if not trains:
             raise UserError("no pictures are left to train on")
+        notes = [note for spec in specs for note in spec.notes] + findings.notes
         if any(each.records for each in held_out):
             return cls(training, notes), cls(held_out, validates=True)
         if any(subset.validation_split for spec in specs for subset in spec.subsets):

@@ -23,6 +23,7 @@ class Findings:
 
     problems: list[str] = field(default_factory=list)  # training cannot start
     broken: list[str] = field(default_factory=list)  # pictures that can be left out
+    empty: list[str] = field(default_factory=list)  # folders without pictures
     notes: list[str] = field(default_factory=list)  # worth knowing
 
 
@@ -46,7 +47,7 @@ def list_pictures(subset: SubsetSpec, findings: Findings) -> list[Listed]:
 def _list_folder(subset: SubsetSpec, folder: str, findings: Findings) -> list[Listed]:
     paths = find_pictures(folder)
     if not paths:
-        findings.problems.append(_no_pictures(folder))
+        findings.empty.append(_no_pictures(folder))
     listed, without = [], []
     for path in paths:
         caption = subset.class_tokens or ""
