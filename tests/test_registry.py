@@ -45,6 +45,7 @@ STOCK = [
     ("PagedAdEMAMix8bit", "bitsandbytes.optim.ademamix.PagedAdEMAMix8bit"),
     ("bitsandbytes.optim.AdEMAMix8bit", "bitsandbytes.optim.ademamix.AdEMAMix8bit"),
     ("torch.optim.RAdam", "torch.optim.radam.RAdam"),
+    ("transformers.Adafactor", "transformers.optimization.Adafactor"),
     ("Lion", "lion_pytorch.lion_pytorch.Lion"),
     ("DAdaptation", "dadaptation.experimental.dadapt_adam_preprint.DAdaptAdamPreprint"),
     ("DAdaptAdamPreprint", "dadaptation.experimental.dadapt_adam_preprint.DAdaptAdamPreprint"),
@@ -100,6 +101,16 @@ def test_adafactor_follows_stocks_rules():
     assert relative_step("adafactor", {"relative_step": False, "warmup_init": True})
     assert not relative_step("adafactor", {"relative_step": False})
     assert not relative_step("AdamW", {})
+
+
+def test_torchs_own_adafactor_keeps_its_learning_rate():
+    groups = [{"params": one_parameter(), "lr": 1e-4}]
+    _, text, optimizer = create_optimizer("torch.optim.Adafactor", groups, 1e-3, {"d": 2.0})
+    assert text == "d=2.0"
+    assert isinstance(optimizer, torch.optim.Adafactor)
+    assert optimizer.param_groups[0]["lr"] == 1e-4
+    assert not relative_step("torch.optim.Adafactor", {})
+    assert relative_step("transformers.Adafactor", {})
 
 
 def test_dadaptation_advises(caplog):

@@ -63,6 +63,12 @@ class OptimizerSpec:
     presets: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def adafactor(self) -> bool:
+        """Whether it is transformers' Adafactor, which may choose its own step size; torch's class
+        of the same name does not."""
+        return self.attribute == "Adafactor" and self.module.split(".")[0] == "transformers"
+
+    @property
     def schedule_free(self) -> bool:
         """Whether it replaces the learning-rate schedule and must be told train from eval."""
         return self.attribute.lower().endswith("schedulefree")
@@ -295,10 +301,10 @@ def _rule_from_default(parameter: inspect.Parameter) -> Rule | None:
 def relative_step(optimizer_type: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether Adafactor will choose its own learning rate: by default, and with `warmup_init`.
 
-    Then `--learning_rate` is only where its schedule starts, and the run has to use transformers'
-    AdafactorSchedule in place of a schedule of its own.
+    transformers' class does, torch's never. Then `--learning_rate` is only where its schedule
+    starts, and the run has to use transformers' AdafactorSchedule in place of one of its own.
     """
-    if resolve(optimizer_type).attribute != "Adafactor":
+    if not resolve(optimizer_type).adafactor:
         return False
     return bool(kwargs.get("relative_step", True) or kwargs.get("warmup_init", False))
 
@@ -323,7 +329,7 @@ def create_optimizer(
     check_arguments(cls, kwargs, spec.fixed)
     given = {**kwargs, **{k: v for k, v in spec.presets.items() if k not in kwargs}}
     first_lr: float | None = lr
-    if spec.attribute == "Adafactor":
+    if spec.adafactor:
         given["relative_step"] = relative_step(optimizer_type, kwargs)
         if given["relative_step"]:
             first_lr = None
