@@ -101,6 +101,37 @@ accelerator.end_training()  # as the trainer does: without it gloo may abort the
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
+@pytest.mark.parametrize(("seed", "minutes"), [(None, 7), (1, 10)])
+def test_ddp_timeout_acts_with_and_without_a_seed(
+    tmp_path: Path, seed: int | None, minutes: int
+) -> None:
+    script = tmp_path / "timeout.py"
+    script.write_text(
+        f"""
+from datetime import timedelta
+import torch
+from library.training.accelerator import make_accelerator, shared_seed
+from library.training.options import Options
+
+options = Options(ddp_timeout={minutes}, seed={seed})
+shared_seed(options)
+accelerator = make_accelerator(options)
+group = torch.distributed.group.WORLD
+waits = group._get_backend(torch.device("cpu")).options._timeout
+assert waits == timedelta(minutes={minutes}), waits
+accelerator.end_training()
+"""
+    )
+    finished = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)],
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
 @pytest.mark.parametrize(
     ("command", "count"),
     [

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from library.training.options import Options
 
@@ -20,14 +20,11 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 def make_accelerator(options: Options) -> Accelerator:
     """Accelerate's view of this process."""
-    handlers = []
-    if options.ddp_timeout:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
+    _join_processes(options)
     return Accelerator(
         # Accumulation is the loop's: it knows how many batches the last step of an epoch has.
         gradient_accumulation_steps=1,
         mixed_precision=options.mixed_precision,
-        kwargs_handlers=handlers or None,
     )
 
 
@@ -37,10 +34,20 @@ def shared_seed(options: Options) -> int:
         return options.seed
     drawn = [random.getrandbits(31)]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState()  # joins the processes, so that they can agree
+        _join_processes(options)  # so that they can agree
         broadcast_object_list(drawn)
     log.info("no --seed given: this run uses %d", drawn[0])
     return drawn[0]
+
+
+def _join_processes(options: Options) -> None:
+    """Start the process group of a run on several processes; a second call changes nothing.
+
+    Not left to the Accelerator, which would leave out a timeout that is NCCL's default, also where
+    another backend with another default is at work.
+    """
+    timeout = {"timeout": timedelta(minutes=options.ddp_timeout)} if options.ddp_timeout else {}
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **timeout)
 
 
 def weight_dtype(options: Options) -> torch.dtype:
