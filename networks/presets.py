@@ -62,12 +62,16 @@ class Selection:
     wildcards: bool = False  # names are fnmatch patterns instead of regular expressions
 
     def matches(self, pattern: str, path: str) -> bool:
-        """A pattern matches from the start of a path; a plain name also matches at its end."""
-        if path == pattern or path.endswith("." + pattern):
+        """As in LyCORIS: the path itself, or a pattern from its start (a wildcard: all of it)."""
+        if path == pattern:
             return True
         if self.wildcards:
             return fnmatch.fnmatch(path, pattern)
         return re.match(pattern, path) is not None
+
+    def is_target(self, name: str, path: str) -> bool:
+        """A plain name of a target also means the end of a path: `to_k` is every such layer."""
+        return path.endswith("." + name) or self.matches(name, path)
 
     def config(self, targets: Targets, path: str, classes: list[str]) -> dict[str, Any] | None:
         """The layer's own settings ({} for none), or None if it gets no adapter.
@@ -78,13 +82,14 @@ class Selection:
         """
         if any(self.matches(pattern, path) for pattern in self.excluded):
             return None
-        by_name = any(self.matches(pattern, path) for pattern in targets.names)
+        by_name = any(self.is_target(name, path) for name in targets.names)
         if not by_name and targets.classes.isdisjoint(classes):
             return None
         if by_name:
-            for pattern, config in self.by_name.items():
+            patterns = [path] if path in self.by_name else self.by_name
+            for pattern in patterns:
                 if self.matches(pattern, path):
-                    return dict(config)
+                    return dict(self.by_name[pattern])
         for name in reversed(classes):
             if name in self.by_class:
                 return dict(self.by_class[name])
@@ -105,6 +110,9 @@ def preset_selection(name: str) -> Selection:
     from lycoris.config import PRESET
 
     preset = PRESET["full"] | (PRESET[name] if name in PRESETS else read_preset(Path(name)))
+    by_name = preset.get("name_algo_map", {})
+    if name in PRESETS:  # LyCORIS's own mean the ends of paths
+        by_name = {rf"(.*\.)?{re.escape(end)}$": config for end, config in by_name.items()}
 
     def targets(part: str) -> Targets:
         classes = preset[f"{part}_target_module"]
@@ -119,7 +127,7 @@ def preset_selection(name: str) -> Selection:
         text_encoder=targets("text_encoder"),
         convolutions=preset["enable_conv"],
         by_class={_SAME_CLASS.get(entry, entry): config for entry, config in by_class.items()},
-        by_name=preset.get("name_algo_map", {}),
+        by_name=by_name,
         excluded=tuple(preset.get("exclude_name", ())),
         wildcards=preset.get("use_fnmatch", False),
     )
