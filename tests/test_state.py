@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,9 @@ import pytest
 import torch
 
 from library.training.errors import UserError
-from library.training.files import write_atomically, write_folder_atomically
+from library.training.files import recover_folder, write_atomically, write_folder_atomically
+from library.training.options import Options
+from library.training.run_checks import run_problems
 from library.training.state import (
     Progress,
     TrainingState,
@@ -21,6 +26,8 @@ from library.training.state import (
     restore_random_state,
     save_state,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def make_state() -> TrainingState:
@@ -110,3 +117,79 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     write_folder_atomically(path, lambda folder: (folder / "new").touch())
     assert [file.name for file in path.iterdir()] == ["new"]
     assert [file.name for file in tmp_path.iterdir()] == ["x-state"]
+
+
+def only_file(folder: Path) -> str:
+    (file,) = folder.iterdir()
+    return file.name
+
+
+@pytest.mark.parametrize("error", [PermissionError("locked"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failed_exchange_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException
+) -> None:
+    path = tmp_path / "x-state"
+    write_folder_atomically(path, lambda folder: (folder / "old").touch())
+    calls = iter(range(1, 100))
+    replace = os.replace
+
+    def fail_once(source: Path, target: Path) -> None:
+        if next(calls) == failing:
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(type(error)):
+        write_folder_atomically(path, lambda folder: (folder / "new").touch())
+    assert only_file(path) == "old"
+    assert only_file(tmp_path) == "x-state"
+
+
+def killed_at_rename(path: Path, number: int) -> None:
+    """Begin to replace the folder `path` in a process that dies at its rename of that number."""
+    program = f"""
+import os
+from pathlib import Path
+from library.training.files import write_folder_atomically
+
+calls, replace = iter(range(1, 100)), os.replace
+os.replace = lambda *paths: os._exit(9) if next(calls) == {number} else replace(*paths)
+write_folder_atomically(Path({str(path)!r}), lambda folder: (folder / "new").touch())
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 9
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_kill_between_the_renames_leaves_the_old_folder(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "x-state"
+    write_folder_atomically(path, lambda folder: (folder / "old").touch())
+    killed_at_rename(path, number)
+    recover_folder(path)
+    assert only_file(path) == "old"
+    for nothing_to_do in (path, tmp_path / "nowhere", Path(".")):
+        recover_folder(nothing_to_do)
+    assert only_file(path) == "old"
+
+
+def test_the_next_write_clears_up_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "x-state"
+    write_folder_atomically(path, lambda folder: (folder / "old").touch())
+    killed_at_rename(path, 2)
+
+    def write(folder: Path) -> None:
+        assert only_file(path) == "old"  # in its place again while the new one is written
+        (folder / "newer").touch()
+
+    write_folder_atomically(path, write)
+    assert only_file(path) == "newer"
+    assert only_file(tmp_path) == "x-state"
+
+
+def test_a_state_is_recovered_where_it_is_looked_up(tmp_path: Path) -> None:
+    path = save_state(tmp_path / "x-state", make_state())
+    killed_at_rename(path, 2)
+    assert not path.exists()
+    options = Options(resume=str(path))
+    assert not [line for line in run_problems(options, sdxl=False) if "--resume" in line]
+    assert load_state(path).progress.step == 7

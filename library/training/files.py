@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -29,24 +30,42 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
 def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> Path:
     """Call `write` with an empty temporary folder beside `path`, then rename it to `path`.
 
-    A folder of that name is replaced; it is removed only after the new one stands in its place.
+    A folder of that name is moved aside first and removed only when the new one stands in its
+    place. If that fails it is moved back; after a kill between the two, `recover_folder` does it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    recover_folder(path)
+    temporary, aside = path.with_name(f".{path.name}.tmp"), _aside(path)
+    for left_by_a_kill in (temporary, aside):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     temporary.mkdir()
     try:
         write(temporary)
         for file in temporary.iterdir():
             _flush_to_disk(file)
         if path.exists():
-            os.replace(path, replaced)
+            os.replace(path, aside)
         os.replace(temporary, path)
     finally:
+        recover_folder(path)  # raises if it cannot: then nothing is removed
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def recover_folder(path: Path) -> None:
+    """Move the folder `path` back to its place if a write was killed when it stood aside.
+
+    To be called before `path` is looked for. Does nothing otherwise.
+    """
+    aside = _aside(path)
+    if aside.is_dir() and not path.exists():
+        with suppress(FileNotFoundError):  # another process of the run was quicker
+            os.replace(aside, path)
+
+
+def _aside(path: Path) -> Path:
+    return path.parent / f".{path.name}.old"  # `with_name` refuses a path such as "."
 
 
 def _flush_to_disk(path: Path) -> None:
