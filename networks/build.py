@@ -13,8 +13,9 @@ from lycoris.wrapper import network_module_dict
 from torch import Tensor, nn
 
 from library.training.errors import UserError
-from networks.arguments import LORA_PLUS, NetworkArguments, read_arguments
+from networks.arguments import NetworkArguments, read_arguments
 from networks.blocks import LR_WEIGHTS, BlockPlan, block_index, lr_weights_plan, plan_blocks
+from networks.keys import CONSTRUCTOR_NAMES, LORA_PLUS, layer_keys
 from networks.layers import UNET_PREFIX, TextEncoders, as_list, is_sdxl, selected_layers
 from networks.modules import OUR_CLASSES, finish
 from networks.network import AdapterNetwork
@@ -46,7 +47,7 @@ def new_network(
     """
     arguments = read_arguments(module, network_dim, network_alpha, neuron_dropout, raw)
     if module == "networks.kohya":
-        selection = preset_selection(arguments.get("preset") or "full")
+        selection = preset_selection(arguments.get("preset") or "full", arguments.algorithm)
     else:
         by_block = "conv_block_dims" in arguments.options
         selection = stock_selection(arguments.conv_dim is not None or by_block)
@@ -145,18 +146,17 @@ def _adapter(
     dim = config.pop("dim", None) or size[0]
     if dim is None:
         return None
-    adapter_class = MODULE_CLASSES[config.pop("algo", arguments.algorithm)]
-    adapter = adapter_class(
-        name,
-        layer,
-        multiplier,
-        dim,
-        config.pop("alpha", None) or size[1],
-        rank_dropout=arguments.get("rank_dropout"),
-        module_dropout=arguments.get("module_dropout"),
-        **_constructor_keys(arguments) | config,
-    )
-    return finish(adapter, arguments.dropout)
+    alpha = config.pop("alpha", None) or size[1]
+    algorithm = config.pop("algo", arguments.algorithm)
+    settings = {**arguments.options, "dropout": arguments.dropout, **config}
+    constructor_keys = {
+        CONSTRUCTOR_NAMES.get(key, key): settings.get(key, argument.off)
+        for key, argument in layer_keys(algorithm).items()
+        if key not in ("dropout", "bypass_mode")  # `finish` sees to these
+    }
+    adapter_class = MODULE_CLASSES[algorithm]
+    adapter = adapter_class(name, layer, multiplier, dim, alpha, **constructor_keys)
+    return finish(adapter, settings["dropout"])
 
 
 def _rank_and_alpha(
@@ -181,20 +181,3 @@ def _rank_and_alpha(
         return None, 0.0
     block = block_index(name, plan.sdxl)
     return dims[block] or None, alphas[block]
-
-
-def _constructor_keys(arguments: NetworkArguments) -> dict[str, Any]:
-    """What the modules' constructors call our keys; each takes those that it knows."""
-    return {
-        "use_tucker": arguments.get("use_tucker"),
-        "use_scalar": arguments.get("use_scalar"),
-        "weight_decompose": arguments.get("dora_wd"),
-        "wd_on_out": arguments.get("wd_on_output"),
-        "rs_lora": arguments.get("rs_lora"),
-        "factor": arguments.get("factor"),
-        "decompose_both": arguments.get("decompose_both"),
-        "full_matrix": arguments.get("full_matrix"),
-        "unbalanced_factorization": arguments.get("unbalanced_factorization"),
-        "constraint": arguments.get("constraint"),
-        "rescaled": arguments.get("rescaled"),
-    }

@@ -11,13 +11,20 @@ from __future__ import annotations
 import fnmatch
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from library.optim.spelling import did_you_mean
 from library.training.errors import UserError
+from networks.keys import (
+    CONSTRUCTOR_NAMES,
+    LAYER_ONLY,
+    dora_conflicts,
+    layer_keys,
+    read_values,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,6 +46,8 @@ ALGORITHMS = ("lora", "locon", "loha", "lokr", "full", "glora", "diag-oft", "bof
 
 # What other trainers' UNets call by these names is diffusers' Attention.
 _SAME_CLASS = {"CrossAttention": "Attention", "SelfAttention": "Attention"}
+# A preset file may call keys as `--network_args` does or as LyCORIS's modules do.
+_OUR_NAMES = {theirs: ours for ours, theirs in CONSTRUCTOR_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -105,14 +114,15 @@ def stock_selection(convolutions: bool) -> Selection:
     )
 
 
-def preset_selection(name: str) -> Selection:
-    """A preset by LyCORIS's name or from a TOML file; what a file leaves out is as in `full`."""
+def preset_selection(name: str, algorithm: str) -> Selection:
+    """A preset by LyCORIS's name or from a TOML file; what a file leaves out is as in `full`.
+
+    `algorithm` is the network's, for entries that name none.
+    """
     from lycoris.config import PRESET
 
-    preset = PRESET["full"] | (PRESET[name] if name in PRESETS else read_preset(Path(name)))
-    by_name = preset.get("name_algo_map", {})
-    if name in PRESETS:  # LyCORIS's own mean the ends of paths
-        by_name = {rf"(.*\.)?{re.escape(end)}$": config for end, config in by_name.items()}
+    own = name in PRESETS
+    preset = PRESET["full"] | (PRESET[name] if own else read_preset(Path(name), algorithm))
 
     def targets(part: str) -> Targets:
         classes = preset[f"{part}_target_module"]
@@ -121,7 +131,13 @@ def preset_selection(name: str) -> Selection:
             tuple(preset[f"{part}_target_name"]),
         )
 
-    by_class = preset.get("module_algo_map", {})
+    def settings(table: str) -> dict[str, dict[str, Any]]:
+        entries = preset.get(table, {})
+        return {key: layer_settings("", entry, algorithm)[0] for key, entry in entries.items()}
+
+    by_class, by_name = settings("module_algo_map"), settings("name_algo_map")
+    if own:  # in LyCORIS's own a name means the end of a path
+        by_name = {rf"(.*\.)?{re.escape(end)}$": config for end, config in by_name.items()}
     return Selection(
         unet=targets("unet"),
         text_encoder=targets("text_encoder"),
@@ -146,8 +162,15 @@ _KEYS = {
 }
 
 
-def read_preset(path: Path) -> dict[str, Any]:
-    """A preset file's keys as LyCORIS names them; UserError that lists all that is wrong."""
+def read_preset(
+    path: Path, algorithm: str, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A preset file's keys as LyCORIS names them; UserError that lists all that is wrong.
+
+    Args:
+        algorithm: the network's, for entries that name none.
+        options: the network's keys, which hold where an entry doesn't say otherwise.
+    """
     try:
         preset = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -163,27 +186,72 @@ def read_preset(path: Path) -> dict[str, Any]:
         if key in _KEYS and not isinstance(value, _KEYS[key])
     ]
     if not problems:
-        problems = _algorithm_problems(path, preset)
+        problems = [
+            *_pattern_problems(path, preset),
+            *_entry_problems(path, preset, algorithm, options or {}),
+        ]
     if problems:
         raise UserError.listing(problems)
     return preset
 
 
-def _algorithm_problems(path: Path, preset: dict[str, Any]) -> list[str]:
-    configs = [
-        *preset.get("module_algo_map", {}).values(),
-        *preset.get("name_algo_map", {}).values(),
-    ]
-    wanted = [str(config["algo"]) for config in configs if "algo" in config]
-    return [
-        f"{path}: algo '{name}' is none of {', '.join(ALGORITHMS)}.{did_you_mean(name, ALGORITHMS)}"
-        for name in wanted
-        if name not in ALGORITHMS
-    ]
+def layer_settings(
+    where: str, entry: Mapping[str, Any], algorithm: str
+) -> tuple[dict[str, Any], list[str]]:
+    """What an entry sets, typed and as `--network_args` calls it, and what is wrong with it.
+
+    Args:
+        where: stands before a key in messages.
+        algorithm: the one that is meant where the entry names none.
+    """
+    algorithm = str(entry.get("algo", algorithm))
+    if algorithm not in ALGORITHMS:
+        hint = did_you_mean(algorithm, ALGORITHMS)
+        return {}, [f"{where}algo '{algorithm}' is none of {', '.join(ALGORITHMS)}.{hint}"]
+    known = LAYER_ONLY | layer_keys(algorithm)
+    values, unknown, problems = read_values(where, entry, _OUR_NAMES, known)
+    for key in unknown:
+        hint = did_you_mean(key, known) or f" It takes {', '.join(known)}."
+        problems.append(f"{where}{key}: {algorithm} has no such key.{hint}")
+    return values, problems
 
 
-def check_preset(preset: str) -> list[str]:
-    """What is wrong with a preset, by name or file, in words for the user."""
+def _pattern_problems(path: Path, preset: Mapping[str, Any]) -> Iterator[str]:
+    """Names that are no regular expressions, such as wildcards without `use_fnmatch`."""
+    if preset.get("use_fnmatch"):
+        return
+    lists = ("unet_target_name", "text_encoder_target_name", "exclude_name", "name_algo_map")
+    for key in lists:
+        for pattern in preset.get(key, ()):
+            try:
+                re.compile(str(pattern))
+            except re.error as error:
+                yield (
+                    f"{path}: {key}: '{pattern}' is no regular expression ({error}). For wildcards "
+                    "such as *.conv1 set use_fnmatch = true."
+                )
+
+
+def _entry_problems(
+    path: Path, preset: Mapping[str, Any], algorithm: str, options: Mapping[str, Any]
+) -> Iterator[str]:
+    for table in ("module_algo_map", "name_algo_map"):
+        for name, entry in preset.get(table, {}).items():
+            where = f"{path}: [{table}.{name}] "
+            if not isinstance(entry, dict):
+                yield f"{where}must be a table of keys and values."
+                continue
+            values, problems = layer_settings(where, entry, algorithm)
+            yield from problems
+            both = {**options, **values}
+            own = values.get("algo", algorithm)
+            yield from dora_conflicts(where, own, both, both.get("dropout"))
+
+
+def check_preset(
+    preset: str, algorithm: str, options: Mapping[str, Any] | None = None
+) -> list[str]:
+    """What is wrong with a preset, by name or file, in words for the user; as `read_preset`."""
     if preset in PRESETS:
         return []
     if not Path(preset).is_file():
@@ -192,7 +260,7 @@ def check_preset(preset: str) -> list[str]:
             f"{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
         ]
     try:
-        read_preset(Path(preset))
+        read_preset(Path(preset), algorithm, options)
     except UserError as error:
         return [str(error)]
     return []

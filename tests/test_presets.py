@@ -1,10 +1,50 @@
-"""networks/presets.py: which layers a preset reaches."""
+"""networks/presets.py: which layers a preset file reaches, and what it may say about them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from networks.presets import Selection, Targets, preset_selection
+import pytest
+from adapters import OneBlock
+from lycoris.modules.full import FullModule
+from lycoris.modules.locon import LoConModule
+
+from library.training.errors import UserError
+from networks import kohya
+from networks.presets import Selection, Targets, check_preset, preset_selection
+
+FEED_FORWARD = "lora_unet_attentions_transformer_blocks_0_ff_net_"
+
+
+def adapters(folder: Path, text: str, alpha: float = 2, **keys: Any) -> dict[str, Any]:
+    """The adapters of a network with the preset `text`, by name; rank 4."""
+    file = folder / "preset.toml"
+    file.write_text(text)
+    made = kohya.create_network(1.0, 4, alpha, None, None, OneBlock(), preset=str(file), **keys)
+    return {adapter.lora_name: adapter for adapter in made.loras}
+
+
+class TestLayers:
+    """Settings of one class or one name; the layers in it get them, and nothing else does."""
+
+    def test_other_settings(self, tmp_path: Path) -> None:
+        text = (
+            "[module_algo_map.FeedForward]\nuse_scalar = true\nrank_dropout = 0.5\ndropout = 0.25\n"
+            '[module_algo_map.ResnetBlock2D]\nalgo = "full"\n'
+            "[module_algo_map.Attention]\nweight_decompose = true\nwd_on_out = false\ndropout = 0\n"
+        )
+        made = adapters(tmp_path, text, dropout=0.1, use_tucker=True)
+        feed_forward = made[f"{FEED_FORWARD}2"]
+        assert "scalar" in dict(feed_forward.named_parameters())
+        assert (feed_forward.rank_dropout, feed_forward.drop.p) == (0.5, 0.25)
+        assert isinstance(made["lora_unet_resnets_conv1"], FullModule)
+        attention = made["lora_unet_attentions_transformer_blocks_0_attn1_to_q"]
+        assert isinstance(attention, LoConModule)
+        assert attention.wd
+        assert not attention.wd_on_out
+        plain = made["lora_unet_attentions_proj_in"]
+        assert (plain.rank_dropout, plain.drop.p) == (0.0, 0.1)
 
 
 class TestNames:
@@ -40,7 +80,43 @@ class TestNames:
         assert self.reached("b.conv", **keys) == {}
 
     def test_ia3s_own_preset_means_ends_of_paths(self) -> None:
-        selection = preset_selection("ia3")
+        selection = preset_selection("ia3", "ia3")
         config = selection.config(selection.unet, "mid_block.ff.net.2", [])
         assert config == {"train_on_input": True}
         assert selection.config(selection.unet, "mid_block.attn1.to_k", []) == {}
+
+
+class TestCheck:
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            ('[module_algo_map.X]\nalgo = "lokr"\nfactr = 4', "Did you mean 'factor'?"),
+            ("[name_algo_map.conv_in]\nfactor = 4", "[name_algo_map.conv_in] factor: lora has no"),
+            ('[module_algo_map.X]\nalgo = "lok"', "algo 'lok' is none of"),
+            ("[module_algo_map.X]\ndim = 0", "dim=0: must be a whole number of at least 1"),
+            ("[module_algo_map.X]\nuse_tucker = 2", "use_tucker=2: must be True or False"),
+            ("[module_algo_map.X]\nconv_dim = 2", "conv_dim: lora has no such key"),
+            ("[module_algo_map]\nX = 4", "[module_algo_map.X] must be a table"),
+            ('exclude_name = ["*attn2*"]', "'*attn2*' is no regular expression"),
+        ],
+    )
+    def test_wrong(self, tmp_path: Path, text: str, answer: str) -> None:
+        file = tmp_path / "p.toml"
+        file.write_text(text)
+        (line,) = check_preset(str(file), "lora")
+        assert answer in line
+        assert str(file) in line
+
+    def test_right(self, tmp_path: Path) -> None:
+        file = tmp_path / "p.toml"
+        file.write_text(
+            'use_fnmatch = true\nexclude_name = ["*attn2*"]\n'
+            '[module_algo_map.FeedForward]\nalgo = "lokr"\ndim = 4\nalpha = 0\nfull_matrix = true\n'
+            "[name_algo_map.conv_in]\ndora_wd = true\nmodule_dropout = 0.1\n"
+        )
+        assert check_preset(str(file), "lora") == []
+
+    def test_dora_and_the_networks_dropout(self, tmp_path: Path) -> None:
+        text = "[module_algo_map.FeedForward]\ndora_wd = true\n"
+        with pytest.raises(UserError, match=r"FeedForward\] dora_wd=True and dropout=0.1 exclude"):
+            adapters(tmp_path, text, dropout=0.1)
