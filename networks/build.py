@@ -142,6 +142,8 @@ def _adapter(
             return None
         norm = NormModule(name, layer, multiplier, module_dropout=arguments.get("module_dropout"))
         return finish(norm)
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return None
     size = _rank_and_alpha(name, layer, arguments, selection, plan)
     dim = config.pop("dim", None) or size[0]
     if dim is None:
@@ -161,21 +163,17 @@ def _adapter(
 
 def _rank_and_alpha(
     name: str,
-    layer: nn.Module,
+    layer: nn.Linear | nn.Conv2d,
     arguments: NetworkArguments,
     selection: Selection,
     plan: BlockPlan | None,
 ) -> tuple[int | None, float]:
-    """Rank and alpha of a linear layer or a convolution; no rank for anything left out."""
-    small = isinstance(layer, nn.Linear) or (
-        isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
-    )
-    if not small and not (isinstance(layer, nn.Conv2d) and selection.convolutions):
-        return None, 0.0
+    """Rank and alpha of a layer that says nothing of its own; no rank for one that is left out."""
+    small = isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)
     if plan is None or not name.startswith(UNET_PREFIX):
         if small:
             return arguments.dim, arguments.alpha
-        return arguments.conv_dim, arguments.conv_alpha
+        return arguments.conv_dim if selection.convolutions else None, arguments.conv_alpha
     dims, alphas = (plan.dims, plan.alphas) if small else (plan.conv_dims, plan.conv_alphas)
     if dims is None or alphas is None:
         return None, 0.0

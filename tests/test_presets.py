@@ -9,6 +9,7 @@ import pytest
 from adapters import OneBlock
 from lycoris.modules.full import FullModule
 from lycoris.modules.locon import LoConModule
+from lycoris.modules.lokr import LokrModule
 
 from library.training.errors import UserError
 from networks import kohya
@@ -27,6 +28,39 @@ def adapters(folder: Path, text: str, alpha: float = 2, **keys: Any) -> dict[str
 
 class TestLayers:
     """Settings of one class or one name; the layers in it get them, and nothing else does."""
+
+    def test_rank_and_algorithm_of_a_class(self, tmp_path: Path) -> None:
+        made = adapters(
+            tmp_path, '[module_algo_map.FeedForward]\nalgo = "lokr"\ndim = 10000\nfactor = 4\n'
+        )
+        lokrs = {name for name, adapter in made.items() if isinstance(adapter, LokrModule)}
+        assert lokrs == {f"{FEED_FORWARD}0_proj", f"{FEED_FORWARD}2"}
+        assert made[f"{FEED_FORWARD}2"].lokr_w1.shape == (4, 4)
+        assert made["lora_unet_attentions_proj_in"].lora_dim == 4
+
+    def test_rank_of_a_pattern(self, tmp_path: Path) -> None:
+        text = (
+            'unet_target_name = ["attentions.*"]\n[name_algo_map."attentions\\\\.transformer.*"]\n'
+            "dim = 2\n"
+        )
+        made = adapters(tmp_path, text)
+        assert made[f"{FEED_FORWARD}2"].lora_dim == 2
+        assert made["lora_unet_attentions_proj_in"].lora_dim == 4
+
+    def test_a_convolution_with_a_rank_of_its_own_has_the_convolutions_alpha(
+        self, tmp_path: Path
+    ) -> None:
+        made = adapters(
+            tmp_path,
+            "enable_conv = false\n[module_algo_map.ResnetBlock2D]\ndim = 2\n",
+            conv_alpha=1.0,
+        )
+        assert float(made["lora_unet_resnets_conv1"].alpha) == 1.0
+        assert float(made["lora_unet_resnets_conv_shortcut"].alpha) == 2.0  # 1×1
+
+    def test_alpha_zero_is_the_rank_of_each_layer(self, tmp_path: Path) -> None:
+        made = adapters(tmp_path, "[module_algo_map.FeedForward]\ndim = 2\n", alpha=0)
+        assert {adapter.scale for adapter in made.values()} == {1.0}
 
     def test_other_settings(self, tmp_path: Path) -> None:
         text = (
