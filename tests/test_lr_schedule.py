@@ -224,6 +224,27 @@ def test_options_without_effect_are_mentioned(caplog: pytest.LogCaptureFixture) 
     assert "lr_scheduler_num_cycles has no effect" in caplog.text
 
 
+def test_adafactor_leaves_no_use_for_the_options_of_another_schedule(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from transformers.optimization import Adafactor
+
+    opt = Adafactor([torch.zeros(3, requires_grad=True)])
+    options = Options(
+        lr_scheduler="cosine_with_restarts",
+        optimizer_type="Adafactor",
+        lr_warmup_steps=5,
+        lr_scheduler_num_cycles=3,
+        lr_scheduler_args=["last_epoch=-1"],
+        learning_rate=0.03,
+    )
+    with caplog.at_level(logging.WARNING):
+        schedule = make_lr_scheduler(options, opt, STEPS)
+    assert schedule.get_last_lr() == [0.03]
+    for name in ("lr_warmup_steps", "lr_scheduler_num_cycles", "lr_scheduler_args"):
+        assert f"--{name} has no effect on the schedule adafactor" in caplog.text
+
+
 def test_arguments_override_the_options() -> None:
     options = Options(lr_scheduler="polynomial", lr_scheduler_args=["power=3", "lr_end=0.0"])
     assert factors(options)[20] == pytest.approx(0.5**3)

@@ -76,16 +76,19 @@ def make_lr_scheduler(options: Options, optimizer: Optimizer, total_steps: int) 
     problems = check_lr_scheduler(options)
     if problems:
         raise UserError.listing(problems)
-    _warn_about_idle_options(options)
     arguments = scheduler_arguments(options)
     if options.lr_scheduler_type:
+        _warn_about_idle_options(options, options.lr_scheduler_type)
         make = _custom_class(options.lr_scheduler_type)
         made: LRScheduler = make(optimizer, **arguments)
         return made
     name, _, initial_lr = options.lr_scheduler.partition(":")
     if optimizer.defaults.get("relative_step") and name != "adafactor":
         log.info("Adafactor chooses its own step size: its schedule only reports it, as in stock")
-        name = "adafactor"
+        if arguments:
+            log.warning("--lr_scheduler_args has no effect on the schedule adafactor")
+        name, arguments = "adafactor", {}
+    _warn_about_idle_options(options, name)
     if name == "adafactor":
         arguments["initial_lr"] = float(initial_lr or options.learning_rate)
     arguments = _figures(name, options, total_steps) | arguments
@@ -267,10 +270,9 @@ def _check_arguments(what: str, takes: Callable[..., Any], arguments: dict[str, 
     return problems
 
 
-def _warn_about_idle_options(options: Options) -> None:
-    """Say which schedule options are set that the chosen schedule doesn't read."""
-    reads = () if options.lr_scheduler_type else SCHEDULES[_schedule_name(options.lr_scheduler)]
-    chosen = options.lr_scheduler_type or options.lr_scheduler
+def _warn_about_idle_options(options: Options, chosen: str) -> None:
+    """Say which schedule options are set that the schedule doesn't read; a class reads none."""
+    reads = SCHEDULES.get(chosen, ())
     defaults = Options()
     for name in sorted(set(chain.from_iterable(SCHEDULES.values())).difference(reads)):
         if getattr(options, name) != getattr(defaults, name):
