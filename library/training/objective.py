@@ -56,4 +56,4 @@ class Objective:
             return batch.latents
         if batch.images is None:
             raise ValueError("a batch holds latents or images")
-        return self.model.encode_images(batch.images, batch.seeds)
+        return self.model.encode_images(batch.images, batch.latent_seeds)
