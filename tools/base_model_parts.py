@@ -143,6 +143,11 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
+    for part in ("unet", "vae"):  # diffusers notes where a part was read from
+        config = folder / part / "config.json"
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values.pop("_name_or_path", None)
+        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     # transformers 5 leaves out the level `text_model.` of the names, without which older versions
     # and sd-scripts find no weight; it reads either.
     weights = load_file(folder / "text_encoder" / "model.safetensors")

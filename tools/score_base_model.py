@@ -166,6 +166,7 @@ def main() -> None:
                 (true[own[i : i + 10]], ["true"] * 10),
             ]
         image = sheet(rows).quantize(192, dither=Image.Dither.NONE)
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
         image.save(args.sheet, optimize=True)
 
 
