@@ -168,7 +168,8 @@ def _quantize(state: dict[str, Any], name: str, kind: Kind) -> None:
     value = state[name]
     layout = layout_of((value.numel(),), value.device)
     codes, state[f"{name}_scale"] = encode(layout.gather([value], torch.float32), kind)
-    (state[name],) = layout.split(codes, [value.shape])
+    (view,) = layout.split(codes, [value.shape])
+    state[name] = view.clone()  # without the padding
 
 
 def _dequantize(state: dict[str, Any], name: str, kind: Kind, dtype: torch.dtype) -> None:
@@ -176,5 +177,5 @@ def _dequantize(state: dict[str, Any], name: str, kind: Kind, dtype: torch.dtype
     codes = state[name]
     layout = layout_of((codes.numel(),), codes.device)
     matrix = decode(layout.gather([codes], codes.dtype), state.pop(f"{name}_scale"), kind)
-    (value,) = layout.split(matrix, [codes.shape])
-    state[name] = value.to(dtype)
+    (view,) = layout.split(matrix, [codes.shape])
+    state[name] = view.to(dtype, copy=True)  # without the padding
