@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -159,7 +160,7 @@ def _adapter(
     alpha = float(tensors["alpha"]) if "alpha" in tensors else None
     adapter = adapter_class(name, layer, multiplier, **keys(tensors, alpha), **dropouts)
     if isinstance(adapter, LokrModule):
-        _shape_like(adapter, tensors)
+        _shape_like(adapter, tensors, source)
     _load(adapter, tensors, source)
     return adapter
 
@@ -211,14 +212,23 @@ _CONSTRUCTION: dict[type, tuple[type[LycorisBaseModule], Any]] = {
 }
 
 
-def _shape_like(adapter: LokrModule, tensors: Mapping[str, Tensor]) -> None:
-    """Give a LoKr adapter the factors that the file has.
+def _shape_like(adapter: LokrModule, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Give a LoKr adapter the factors that the file has; UserError if they don't make its layer.
 
     How a weight was divided cannot be told from the factors' shapes alone, so they are taken as
     they are instead of being made by the rule that the file's trainer used.
     """
-    del adapter.lokr_w1, adapter.lokr_w2
     factors = {key: value for key, value in tensors.items() if key.startswith("lokr_")}
+    wanted = tuple(adapter.shape)
+    if not factors.keys() & {"lokr_w2", "lokr_t2"}:
+        wanted = (wanted[0], math.prod(wanted[1:]))  # w2_b holds inputs and kernel in one
+    found = _kronecker_shape(factors)
+    if found != wanted:
+        raise UserError(
+            f"{source}: {adapter.lora_name} is for weights of {found}, those of this model are "
+            f"{wanted}. The file is for another kind of model."
+        )
+    del adapter.lokr_w1, adapter.lokr_w2
     for key, value in factors.items():
         setattr(adapter, key, nn.Parameter(torch.empty_like(value, dtype=torch.float32)))
     adapter.use_w1, adapter.use_w2 = "lokr_w1" in factors, "lokr_w2" in factors
@@ -227,6 +237,22 @@ def _shape_like(adapter: LokrModule, tensors: Mapping[str, Tensor]) -> None:
     inner = factors.get("lokr_w2_b", factors.get("lokr_w1_b"))
     adapter.lora_dim = 1 if inner is None else inner.shape[0]
     adapter.alpha.fill_(adapter.lora_dim)
+
+
+def _kronecker_shape(factors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The shape of w1 ⊗ w2, each whole or a product: (outputs, inputs, *kernel)."""
+    if "lokr_w1" in factors:
+        rows, columns = factors["lokr_w1"].shape
+    else:
+        rows, columns = factors["lokr_w1_a"].shape[0], factors["lokr_w1_b"].shape[1]
+    if "lokr_w2" in factors:
+        out, inner, *kernel = factors["lokr_w2"].shape
+    else:
+        tucker = factors.get("lokr_t2")
+        out = factors["lokr_w2_a"].shape[0 if tucker is None else 1]
+        inner = factors["lokr_w2_b"].shape[1]
+        kernel = [] if tucker is None else list(tucker.shape[2:])
+    return rows * out, columns * inner, *kernel
 
 
 def _load(adapter: LycorisBaseModule, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -12,13 +12,14 @@ from lycoris import LycorisNetwork, create_lycoris_from_weights
 from lycoris import kohya as lycoris_kohya
 from lycoris.kohya import LycorisNetworkKohya
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.training.errors import UserError
 from library.training.models import DiffusionModel
 from library.training.network import adapter_state_dict
-from networks import kohya, lora
+from networks import kohya, lokr, lora
 from networks.layers import with_stock_paths
+from networks.modules import LoKr, finish
 
 
 def trained(folder: Path, sdxl: bool = False, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
@@ -305,6 +306,33 @@ class TestMisfits:
         save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, file)
         with pytest.raises(UserError, match="fits no layer that is trained here"):
             adapt(load(tiny_sd1), tiny_sd1, network_weights=str(file))
+
+    @pytest.mark.parametrize(
+        ("layer", "other", "keys"),
+        [
+            (nn.Linear(48, 64), nn.Linear(64, 64), {}),
+            (nn.Linear(48, 64), nn.Linear(48, 32), {"full_matrix": True}),
+            (nn.Linear(48, 64), nn.Linear(64, 64), {"decompose_both": True, "lora_dim": 1}),
+            (nn.Conv2d(48, 64, 3), nn.Conv2d(64, 64, 3), {}),
+            (nn.Conv2d(48, 64, 3), nn.Conv2d(48, 64, 1), {"full_matrix": True}),
+            (nn.Conv2d(48, 64, 3), nn.Conv2d(64, 64, 3), {"use_tucker": True}),
+        ],
+    )
+    def test_lokr_for_a_layer_of_another_size(
+        self, layer: nn.Module, other: nn.Module, keys: dict[str, Any]
+    ) -> None:
+        keys = {"lora_dim": 2, "factor": 4, **keys}
+        adapter = finish(LoKr("lora_unet_layer", layer, 1.0, **keys))
+        tensors = {f"lora_unet_layer.{key}": t for key, t in adapter.state_dict().items()}
+
+        def load_onto(unet: nn.Module) -> None:
+            lokr.create_network_from_weights(
+                1.0, "x.pt", None, None, nn.ModuleDict({"layer": unet}), tensors
+            )
+
+        load_onto(layer)
+        with pytest.raises(UserError, match=r"lora_unet_layer is for weights of \(64, 4"):
+            load_onto(other)
 
     def test_a_damaged_file(self, tiny_sd1: Path, tmp_path: Path) -> None:
         file = tmp_path / "damaged.safetensors"
