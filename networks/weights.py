@@ -78,8 +78,8 @@ def adapters_from_weights(
     left_out = []
     for name, tensors in by_layer(weights).items():
         if name in layers:
-            adapter = _adapter(name, layers[name], tensors, source, multiplier, dropouts)
-            adapters.append(finish(adapter, dropout))
+            made = _adapter(name, layers[name], tensors, source, multiplier, dropout, dropouts)
+            adapters.append(made)
         else:
             left_out.append(name)
     _tell(source, len(adapters), left_out)
@@ -151,6 +151,7 @@ def _adapter(
     tensors: dict[str, Tensor],
     source: str,
     multiplier: float,
+    dropout: float,
     dropouts: Mapping[str, float],
 ) -> LycorisBaseModule:
     kind = get_module({f"{name}.{key}": tensor for key, tensor in tensors.items()}, name)[0]
@@ -159,6 +160,7 @@ def _adapter(
     adapter_class, keys = _CONSTRUCTION[kind]
     alpha = float(tensors["alpha"]) if "alpha" in tensors else None
     adapter = adapter_class(name, layer, multiplier, **keys(tensors, alpha), **dropouts)
+    finish(adapter, dropout)  # before loading: its parameters become float32
     if isinstance(adapter, LokrModule):
         _shape_like(adapter, tensors, source)
     _load(adapter, tensors, source)

@@ -212,6 +212,43 @@ def test_a_file_gives_the_same_output_in_every_way(
     assert difference(block.output(), wanted) < 1e-5
 
 
+class TestFull:
+    """`algo=full`, whose parameters hold base weight and difference together."""
+
+    def file(self, folder: Path) -> Path:
+        """Differences of about what bfloat16 rounds a base weight by."""
+        network = kohya.create_network(1.0, 4, 4, None, None, OneBlock(), algo="full")
+        for adapter in network.loras:
+            network.add_module(adapter.lora_name, adapter)
+        stir(network, 1e-3)
+        file = folder / "full.safetensors"
+        save_file(
+            {
+                f"{adapter.lora_name}.{key}": tensor.detach()
+                for adapter in network.loras
+                for key, tensor in (("diff", adapter.weight), ("diff_b", adapter.bias))
+                if tensor is not None
+            },
+            file,
+        )
+        return file
+
+    def worst(self, network: Any, file: Path) -> float:
+        """How far what the network would write is from the file."""
+        written = network.state_dict()
+        return max(difference(written[key], tensor) for key, tensor in load_file(file).items())
+
+    @pytest.mark.parametrize("half", [False, True])
+    def test_a_file_is_not_rounded_to_the_bases_precision(self, tmp_path: Path, half: bool) -> None:
+        file = self.file(tmp_path)
+        if half:
+            save_file({key: t.half() for key, t in load_file(file).items()}, file)
+        block = OneBlock().bfloat16()
+        made, _ = kohya.create_network_from_weights(1.0, str(file), None, None, block)
+        made.apply_to(None, block)
+        assert self.worst(made, file) < 1e-6
+
+
 class TestStockFiles:
     """Files as stock writes them: float16, and SDXL's UNet in its original layout."""
 
