@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from lycoris.modules.base import LycorisBaseModule
 from lycoris.modules.boft import ButterflyOFTModule
 from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.full import FullModule
 from lycoris.modules.glora import GLoRAModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
@@ -88,6 +89,20 @@ class LoKr(LokrModule):
         return delta * rows.to(delta.dtype).view(spread)
 
 
+class Full(FullModule):
+    """ΔW as it is; once applied, the parameter is W + ΔW, in float32."""
+
+    def load_weight_prehook(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Let a file replace what was there; LyCORIS adds it, rounded to the file's precision."""
+        for name, key, base in (
+            ("weight", "diff", self._org_weight),
+            ("bias", "diff_b", self.org_bias),
+        ):
+            if prefix + key in state_dict:
+                diff = state_dict.pop(prefix + key).float()
+                state_dict[prefix + name] = diff if self.is_diff else base[0].to(diff) + diff
+
+
 class GLoRA(GLoRAModule):
     """ΔW = (alpha / rank)·(W·a1·a2 + b1·b2), with W in float32."""
 
@@ -101,6 +116,7 @@ OUR_CLASSES: dict[str, type[LycorisBaseModule]] = {
     "lora": LoRA,
     "locon": LoRA,
     "lokr": LoKr,
+    "full": Full,
     "glora": GLoRA,
 }
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from library.training.errors import UserError
 from networks.layers import from_original_layout, named_layers
-from networks.modules import GLoRA, LoKr, LoRA, finish, scale_by_alpha
+from networks.modules import Full, GLoRA, LoKr, LoRA, finish, scale_by_alpha
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ _CONSTRUCTION: dict[type, tuple[type[LycorisBaseModule], Any]] = {
     ButterflyOFTModule: (ButterflyOFTModule, _orthogonal),
     IA3Module: (IA3Module, lambda tensors, _: {"train_on_input": bool(tensors["on_input"])}),
     NormModule: (NormModule, lambda *_: {}),
-    FullModule: (FullModule, lambda *_: {}),
+    FullModule: (Full, lambda *_: {}),
 }
 
 

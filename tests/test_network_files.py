@@ -243,10 +243,26 @@ class TestFull:
         file = self.file(tmp_path)
         if half:
             save_file({key: t.half() for key, t in load_file(file).items()}, file)
-        block = OneBlock().bfloat16()
-        made, _ = kohya.create_network_from_weights(1.0, str(file), None, None, block)
-        made.apply_to(None, block)
-        assert self.worst(made, file) < 1e-6
+        for made_from_file in (False, True):
+            block = OneBlock().bfloat16()
+            if made_from_file:
+                made, _ = kohya.create_network_from_weights(1.0, str(file), None, None, block)
+                made.apply_to(None, block)
+            else:
+                made = kohya.create_network(1.0, 4, 4, None, None, block, algo="full")
+                made.apply_to(None, block)
+                made.load_weights(file)
+            assert self.worst(made, file) < 1e-6
+
+    def test_loading_replaces_what_was_there(self, tmp_path: Path) -> None:
+        file = self.file(tmp_path)
+        block = OneBlock()
+        network = kohya.create_network(1.0, 4, 4, None, None, block, algo="full")
+        network.apply_to(None, block)
+        stir(network)
+        for _ in range(2):
+            network.load_weights(file)
+            assert self.worst(network, file) < 1e-6
 
 
 class TestStockFiles:
