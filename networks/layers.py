@@ -87,8 +87,10 @@ def selected_layers(
 
 # Inside of a resnet, SDXL's original layout to that of diffusers.
 _RESNET_LAYERS = {
+    "in_layers_0": "norm1",
     "in_layers_2": "conv1",
     "emb_layers_1": "time_emb_proj",
+    "out_layers_0": "norm2",
     "out_layers_3": "conv2",
     "skip_connection": "conv_shortcut",
 }
@@ -98,6 +100,7 @@ _OUTER_LAYERS = {
     "time_embed_2": "time_embedding_linear_2",
     "label_emb_0_0": "add_embedding_linear_1",
     "label_emb_0_2": "add_embedding_linear_2",
+    "out_0": "conv_norm_out",
     "out_2": "conv_out",
 }
 _OUTER_BLOCK = re.compile(r"^(input|output)_blocks_(\d+)_(\d+)(?:_(.*))?$")
