@@ -71,7 +71,7 @@ def read_arguments(
         algorithm=_algorithm(module, options),
         dim=dim,
         alpha=alpha,
-        conv_dim=options.get("conv_dim", dim if lycoris else None),
+        conv_dim=options.get("conv_dim") or (dim if lycoris else None),
         conv_alpha=conv_alpha,
         dropout=options.get("dropout", neuron_dropout or 0.0),
         options=options,

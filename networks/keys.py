@@ -70,11 +70,14 @@ def _lr_weights(text: str) -> str | list[float]:
 
 
 def _optional_rank(text: str) -> int | None:
-    """A rank for 3×3 convolutions; 0 leaves them out, as if the key were not there."""
-    return _rank_or_none(text) or None
+    """A rank for 3×3 convolutions; 0 is as if the key were not there, as in stock and LyCORIS.
+
+    Without it stock's modules leave these layers out; `networks.kohya` takes the network's rank.
+    """
+    return _whole(text) or None
 
 
-_rank_or_none = _number(int, 0, "a whole number, 0 for none")
+_whole = _number(int, 0, "a whole number, 0 for none")
 _fraction = _number(float, 0, "a number from 0 up to, not including, 1", below=1)
 _positive = _number(float, 0, "a number of at least 0")
 _ranks = _numbers(int, 0, "whole numbers with commas, one a block")

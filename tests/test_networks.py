@@ -105,6 +105,12 @@ class TestStockLayers:
         shortcut = by_name["lora_unet_down_blocks_1_resnets_0_conv_shortcut"]  # 1×1: a linear one
         assert (shortcut.lora_dim, float(shortcut.alpha)) == (4, 2.0)
 
+    def test_conv_dim_zero_is_as_if_it_were_not_there(self) -> None:
+        conv = "lora_unet_resnets_conv1"
+        assert conv not in names(create("lora", None, OneBlock(), conv_dim="0"))
+        network = create("kohya", None, OneBlock(), conv_dim="0")  # there it is the network's rank
+        assert {a.lora_name: a.lora_dim for a in network.loras}[conv] == 4
+
     def test_one_text_encoder_in_a_list_is_a_lone_one(self, sd15: Any) -> None:
         assert names(create("lora", [sd15[0]], sd15[1], dim=1))[0].startswith("lora_te_text_model_")
 
