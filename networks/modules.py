@@ -8,7 +8,7 @@ dropout work; the algorithms that do need the base weight see it in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,10 +71,7 @@ class LoRA(LoConModule):
     def apply_max_norm(self, max_norm: float, device: Any = None) -> tuple[bool, Tensor]:
         """Scale both factors so that ‖ΔW‖ ≤ max_norm, as stock does (not only in the file)."""
         norm = self.make_weight(device).norm() * self.scale
-        ratio = float(max_norm / norm) if norm > max_norm else 1.0
-        for layer in (self.lora_down, self.lora_up):
-            layer.weight.mul_(ratio**0.5)
-        return ratio != 1, norm * ratio
+        return _limit(norm, max_norm, [self.lora_down.weight, self.lora_up.weight])
 
 
 class LoKr(LokrModule):
@@ -87,6 +84,21 @@ class LoKr(LokrModule):
         rows = torch.rand(self.dim, device=h.device) >= self.rank_dropout
         spread = (1, -1, 1, 1) if self.module_type == "conv2d" else (-1,)
         return delta * rows.to(delta.dtype).view(spread)
+
+    @torch.no_grad()
+    def apply_max_norm(self, max_norm: float, device: Any = None) -> tuple[bool, Tensor]:
+        """Scale the factors so that ‖ΔW‖ ≤ max_norm, with `scalar`, which LyCORIS leaves out."""
+        norm = (self.get_weight(None) * self.scalar).norm()
+        factors = [p for name, p in self.named_parameters() if name.startswith("lokr_")]
+        return _limit(norm, max_norm, factors)
+
+
+def _limit(norm: Tensor, max_norm: float, factors: Sequence[Tensor]) -> tuple[bool, Tensor]:
+    """Scale `factors` alike so that the `norm` of their product is at most `max_norm`."""
+    ratio = float(max_norm / norm) if norm > max_norm else 1.0
+    for factor in factors:
+        factor.mul_(ratio ** (1 / len(factors)))
+    return ratio != 1, norm * ratio
 
 
 class Full(FullModule):

@@ -198,7 +198,10 @@ class AdapterNetwork(nn.Module):
         self, max_norm_value: float, device: torch.device | str | None = None
     ) -> tuple[int, float, float]:
         """`--scale_weight_norms`: how many were scaled down, mean norm, greatest norm."""
+        training = self.training
+        self.eval()  # rank_dropout would be measured too
         results = [lora.apply_max_norm(max_norm_value, device) for lora in self.loras]
+        self.train(training)
         # Norms have no product of factors; LyCORIS answers None for them.
         norms = [float(norm) for _, norm in results if norm is not None]
         if not norms:

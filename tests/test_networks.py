@@ -411,6 +411,30 @@ class TestMaxNorm:
         copied.apply_to(other.text_encoders, other.unet)
         assert difference(output(other), limited) < 1e-5
 
+    @pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr"])
+    def test_dropout_has_no_part_in_it(self, algorithm: str) -> None:
+        keys = {"algo": algorithm, "use_scalar": True, "preset": "attn-mlp"}
+        block = OneBlock()
+        network = create("kohya", None, block, rank_dropout=0.5, **keys)
+        network.apply_to(None, block)
+        stir(network, 0.5)
+        network.train()
+        before = torch.get_rng_state()
+        most = network.apply_max_norm_regularization(1000)[2]
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(adapter.training for adapter in network.loras)
+        for factor in (0.5, 0.25):  # of the greatest norm
+            scaled, _, limited = network.apply_max_norm_regularization(factor * most)
+            assert scaled > 0
+            assert limited == pytest.approx(factor * most, rel=1e-4)
+        network.eval()
+        deltas = [adapter.get_diff_weight()[0] for adapter in network.loras]
+        scales = [1 if algorithm == "lora" else adapter.scale for adapter in network.loras]
+        norms = [float(d.norm()) / scale for d, scale in zip(deltas, scales, strict=True)]
+        if algorithm != "lora":  # LyCORIS scales these twice and leaves out the scalar
+            norms = [n * abs(float(a.scalar)) for n, a in zip(norms, network.loras, strict=True)]
+        assert max(norms) == pytest.approx(0.25 * most, rel=1e-4)
+
 
 class TestGroups:
     def network(self, folder: Path, sdxl: bool = False, **keys: Any) -> Any:
