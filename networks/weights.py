@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ from networks.modules import Full, GLoRA, LoKr, LoRA, finish, scale_by_alpha
 
 log = logging.getLogger(__name__)
 
+# What reading a damaged file or one of another kind raises.
+_DAMAGE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError)
+
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
     """The tensors of an adapter file, on the CPU; UserError if it is missing or damaged."""
@@ -40,10 +44,12 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return loaded
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
         raise UserError(f"adapter file {path}: cannot be read: {error}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise UserError(f"adapter file {path}: cannot be read: it holds more than named tensors.")
+    return loaded
 
 
 def by_layer(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from library.training.network import adapter_state_dict
 from networks import kohya, lokr, lora
 from networks.layers import with_stock_paths
 from networks.modules import LoKr, finish
+from networks.weights import read_weights
 
 
 def trained(folder: Path, sdxl: bool = False, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
@@ -387,11 +388,15 @@ class TestMisfits:
         with pytest.raises(UserError, match=r"lora_unet_layer is for weights of \(64, 4"):
             load_onto(other)
 
-    def test_a_damaged_file(self, tiny_sd1: Path, tmp_path: Path) -> None:
-        file = tmp_path / "damaged.safetensors"
-        file.write_bytes(b"no safetensors")
-        with pytest.raises(UserError, match="cannot be read"):
-            adapt(load(tiny_sd1), tiny_sd1, network_weights=str(file))
+    def test_damaged_files(self, tmp_path: Path) -> None:
+        torch.save([torch.zeros(1)], tmp_path / "list.pt")
+        torch.save({"lora_unet_x.alpha": 1.0}, tmp_path / "numbers.pt")
+        (tmp_path / "text.ckpt").write_bytes(b"no pickle")
+        (tmp_path / "empty.pt").touch()
+        (tmp_path / "text.safetensors").write_bytes(b"no safetensors")
+        for file in tmp_path.iterdir():
+            with pytest.raises(UserError, match="cannot be read"):
+                read_weights(file)
 
     def test_part_of_a_file_is_loaded_with_a_word(
         self, tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

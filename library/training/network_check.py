@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from library.optim.spelling import did_you_mean
+from library.training.errors import UserError
+from library.training.model_files import read_safetensors_header
 from library.training.options import Options
 from networks.arguments import ALGORITHM_OF, MODULES, check_arguments, check_numbers
 
@@ -74,6 +76,11 @@ def _files(options: Options) -> Iterator[str]:
         ("--network_weights", [options.network_weights] if options.network_weights else []),
         ("--base_weights", options.base_weights or []),
     ):
-        for file in files:
-            if not Path(file).is_file():
+        for file in map(Path, files):
+            if not file.is_file():
                 yield f"{flag} {file}: there is no such file."
+            elif file.suffix == ".safetensors":
+                try:
+                    read_safetensors_header(file)
+                except UserError as error:
+                    yield f"{flag}: {error}"
