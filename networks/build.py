@@ -1,9 +1,12 @@
-"""Networks from arguments: an adapter for every layer that is selected."""
+"""Networks from arguments: an adapter for every layer that is selected.
+
+The two functions are stock's, each with the name of the network module before its arguments; the
+network modules are these two with their names filled in.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from lycoris.logging import logger as lycoris_log
@@ -31,21 +34,32 @@ lycoris_log.propagate = True
 MODULE_CLASSES: dict[str, type[LycorisBaseModule]] = network_module_dict | OUR_CLASSES
 
 
-def new_network(
+def create_network(
     module: str,
+    /,
     multiplier: float,
     network_dim: int | None,
     network_alpha: float | None,
+    vae: nn.Module | None,
     text_encoder: TextEncoders,
     unet: nn.Module,
-    neuron_dropout: float | None,
-    raw: Mapping[str, Any],
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
 ) -> AdapterNetwork:
-    """The network that `module` (such as `networks.lora`) makes; nothing is applied yet.
+    """A new network; apply it with `apply_to`.
 
     Needs no weights of the model (they may be on the meta device), except for DoRA and `algo=full`.
+
+    Args:
+        module: whose network it is, such as `networks.lora`.
+        multiplier: strength, 1 in training.
+        network_dim: rank, 4 if None.
+        network_alpha: scale times rank, 1 if None; 0 means the rank, that is scale 1.
+        text_encoder: one, or a list (SDXL).
+        neuron_dropout: as `dropout` among `kwargs`.
+        kwargs: `--network_args`; an unknown or useless one is a UserError.
     """
-    arguments = read_arguments(module, network_dim, network_alpha, neuron_dropout, raw)
+    arguments = read_arguments(module, network_dim, network_alpha, neuron_dropout, kwargs)
     if module == "networks.kohya":
         selection = preset_selection(arguments.get("preset") or "full", arguments.algorithm)
     else:
@@ -72,27 +86,29 @@ def new_network(
     return _network(made, multiplier, plan, arguments)
 
 
-def network_from_weights(
+def create_network_from_weights(
     module: str,
+    /,
     multiplier: float,
     file: str | None,
+    vae: nn.Module | None,
     text_encoder: TextEncoders,
     unet: nn.Module,
-    weights: dict[str, Tensor] | None,
-    raw: Mapping[str, Any],
+    weights_sd: dict[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
 ) -> tuple[AdapterNetwork, dict[str, Tensor]]:
-    """The network that a file holds, and the file's tensors; nothing is applied yet.
+    """The network that a file (or its tensors) holds, with its weights, and the tensors.
 
-    Algorithms, layers, ranks and alphas are the file's; among `raw` the dropouts and the
-    learning-rate keys act.
+    Algorithms, layers, ranks and alphas are the file's; among `kwargs` the dropouts and the
+    learning-rate keys act. Nothing is applied yet.
     """
-    arguments = read_arguments(module, None, None, None, raw)
+    arguments = read_arguments(module, None, None, None, kwargs)
     acting = {"dropout", "rank_dropout", "module_dropout", *LORA_PLUS, *LR_WEIGHTS}
     ignored = sorted(arguments.options.keys() - acting)
     if ignored:
         log.warning("--network_args %s: the file decides", ", ".join(ignored))
-    if weights is None:
-        weights = read_weights(file or "")
+    weights = read_weights(file or "") if weights_sd is None else weights_sd
     adapters = adapters_from_weights(
         weights,
         as_list(text_encoder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,22 @@ def create(
 
 def names(network: Any) -> list[str]:
     return [adapter.lora_name for adapter in network.loras]
+
+
+@pytest.mark.parametrize("module", MODULES.values())
+def test_every_module_has_stocks_functions(module: Any) -> None:
+    def parameters(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    parts = ["vae", "text_encoder", "unet"]
+    assert parameters(module.create_network) == [
+        *("multiplier", "network_dim", "network_alpha", *parts, "neuron_dropout", "kwargs")
+    ]
+    assert parameters(module.create_network_from_weights) == [
+        *("multiplier", "file", *parts, "weights_sd", "for_inference", "kwargs")
+    ]
+    with pytest.raises(UserError, match=f"module: {module.__name__} has no such key"):
+        module.create_network(1.0, 4, 1.0, None, None, OneBlock(), module="x")
 
 
 class TestStockLayers:
