@@ -144,6 +144,67 @@ def test_without_names_the_order_counts():
         other.load_state_dict(saved)
 
 
+def stepped(*groups: list[tuple[str, int]]) -> HinaAdamWOptimizer:
+    """An optimizer whose parameters, called as told, have stepped with gradients as told."""
+    some = []
+    for group in groups:
+        params = [nn.Parameter(torch.ones(3)) for _ in group]
+        for p, (_, gradient) in zip(params, group, strict=True):
+            p.grad = torch.full_like(p, gradient)
+        some.append({"params": params, "named": [name for name, _ in group]})
+    optimizer = HinaAdamWOptimizer(some, use_agr=False)
+    optimizer.step()
+    return optimizer
+
+
+def gradients_seen(optimizer: HinaAdamWOptimizer) -> list[float]:
+    """Of each parameter, the gradient that its state is from."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [optimizer.state[p]["exp_avg_sq"][0].item() ** 0.5 for p in params]
+
+
+def test_one_parameter_without_name_does_not_hide_the_names_of_others():
+    saved = stepped([("a", 1)], [("b", 2), ("", 3)], [("", 4)]).state_dict()
+    assert gradients_seen(stepped([("a", 1)], [("b", 2), ("", 3)], [("", 4)])) == [1, 2, 3, 4]
+    other = stepped([("b", 9), ("", 9)], [("a", 9)], [("", 9)])
+    other.load_state_dict(saved)
+    assert gradients_seen(other) == [2, 3, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "c", ""], r"Not in it: c\. Only in it: b\."),
+        (["a", ""], "groups of sizes"),
+        (["", "b", "a", "c"], "groups of sizes"),
+    ],
+)
+def test_names_that_contradict_are_refused(names, message):
+    saved = stepped([("a", 1), ("b", 2), ("", 3)]).state_dict()
+    other = stepped([(name, 9) for name in names])
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved)
+    assert set(gradients_seen(other)) == {9}
+
+
+def test_names_given_later_are_matched_with_those_that_were_missing():
+    saved = stepped([("a", 1), ("b", 2), ("", 3)]).state_dict()
+    saved["param_groups"][0]["lr"] = 0.5
+    moved, same = stepped([("b", 9), ("c", 9), ("a", 9)]), stepped([("a", 9), ("b", 9), ("c", 9)])
+    for other in (moved, same):
+        other.load_state_dict(saved)
+    assert gradients_seen(moved) == [2, 3, 1]
+    assert gradients_seen(same) == [1, 2, 3]
+    assert [other.param_groups[0]["lr"] for other in (moved, same)] == [1e-3, 0.5]
+
+
+def test_a_name_that_occurs_twice_is_matched_in_order():
+    saved = stepped([("a", 1), ("a", 2), ("b", 3)]).state_dict()
+    other = stepped([("b", 9), ("a", 9), ("a", 9)])
+    other.load_state_dict(saved)
+    assert gradients_seen(other) == [3, 1, 2]
+
+
 def test_options_of_the_same_groups_are_taken_over():
     params = make_parameters()
     first = make_optimizer(params)

@@ -95,36 +95,60 @@ def load(optimizer: ChainOptimizer, state_dict: dict[str, Any]) -> None:
 def _match(
     optimizer: ChainOptimizer, saved_groups: list[dict[str, Any]]
 ) -> tuple[dict[int, Tensor], bool]:
-    """The parameter for each saved index, and whether the groups are the same."""
-    groups = optimizer.param_groups
-    now = [group.get("param_names", [""] * len(group["params"])) for group in groups]
-    then = [group.get("param_names", [""] * len(group["params"])) for group in saved_groups]
-    flat_now = [name for names in now for name in names]
-    flat_then = [name for names in then for name in names]
-    tensors = [param for group in groups for param in group["params"]]
-    indices = [index for group in saved_groups for index in group["params"]]
-    if _unique(flat_now) and _unique(flat_then):
-        missing = sorted(set(flat_now) - set(flat_then))
-        unknown = sorted(set(flat_then) - set(flat_now))
-        if missing or unknown:
-            raise ValueError(
-                "The saved optimizer state is of other parameters. "
-                f"Not in it: {_some(missing)}. Only in it: {_some(unknown)}."
-            )
-        by_name = dict(zip(flat_now, tensors, strict=True))
-        found = {index: by_name[name] for index, name in zip(indices, flat_then, strict=True)}
-        return found, now == then
-    if [len(names) for names in now] != [len(names) for names in then]:
+    """The parameter for each saved index, and whether the groups are the same.
+
+    A name that occurs once on both sides tells the parameter; the others are matched in their
+    order, group by group.
+    """
+    now, then = _named(optimizer.param_groups), _named(saved_groups)
+    shared = _unique(now) & _unique(then)
+    by_name = {name: param for group in now for name, param in group if name in shared}
+    found = {index: by_name[name] for group in then for name, index in group if name in shared}
+    rest_now, rest_then = _without(shared, now), _without(shared, then)
+    names_now = [name for group in rest_now for name, _ in group]
+    names_then = [name for group in rest_then for name, _ in group]
+    pairs = zip(names_now, names_then, strict=False)
+    contradict = any(one and other and one != other for one, other in pairs)
+    missing = sorted((Counter(names_now) - Counter(names_then)).keys() - {""})
+    unknown = sorted((Counter(names_then) - Counter(names_now)).keys() - {""})
+    if (missing or unknown) and (contradict or all(names_now + names_then)):
+        raise ValueError(
+            "The saved optimizer state is of other parameters. "
+            f"Not in it: {_some(missing)}. Only in it: {_some(unknown)}."
+        )
+    if contradict or list(map(len, rest_now)) != list(map(len, rest_then)):
         raise ValueError(
             f"The saved optimizer state has parameter groups of sizes {list(map(len, then))}, this "
             f"optimizer has {list(map(len, now))}; without a unique name for every parameter they "
-            "cannot be matched."
+            "must have the same sizes and order to be matched."
         )
-    return dict(zip(indices, tensors, strict=True)), True
+    for group, saved in zip(rest_now, rest_then, strict=True):
+        found.update({index: p for (_, p), (_, index) in zip(group, saved, strict=True)})
+    members_now = [[id(p) for _, p in group] for group in now]
+    members_then = [[id(found[index]) for _, index in group] for group in then]
+    return found, members_now == members_then
 
 
-def _unique(names: list[str]) -> bool:
-    return all(names) and len(set(names)) == len(names)
+def _named(groups: list[dict[str, Any]]) -> list[list[tuple[str, Any]]]:
+    """Of each group, its parameters (or their saved indices) with their names, "" for none."""
+    named = []
+    for group in groups:
+        items = group["params"]
+        names = group.get("param_names", [""] * len(items))
+        named.append(list(zip(names, items, strict=True)))
+    return named
+
+
+def _unique(groups: list[list[tuple[str, Any]]]) -> set[str]:
+    """The names that occur once."""
+    counts = Counter(name for group in groups for name, _ in group if name)
+    return {name for name, count in counts.items() if count == 1}
+
+
+def _without(names: set[str], groups: list[list[tuple[str, Any]]]) -> list[list[tuple[str, Any]]]:
+    """What is left of the groups without the parameters so called, and without empty groups."""
+    left = [[item for item in group if item[0] not in names] for group in groups]
+    return [group for group in left if group]
 
 
 def _some(names: list[str]) -> str:

@@ -184,9 +184,9 @@ class ChainOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`, bit for bit.
 
-        Where both sides have names, state is found by name, whatever the groups; group options are
-        taken over only if the groups are the same. State in another precision is converted, with a
-        log line.
+        State is found by name, whatever the groups, where both sides have the name, and in order
+        for the rest; group options are taken over only if the groups are the same. State in another
+        precision is converted, with a log line.
 
         Raises:
             ValueError: parameters or shapes that differ, or an impossible group option.
