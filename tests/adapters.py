@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.training.models import DiffusionModel, load_model
-from library.training.network import Adapter, build_adapter
+from library.training.network import Adapter, adapter_state_dict, build_adapter
 from library.training.options import Options
 
 
@@ -68,6 +68,18 @@ def output(model: DiffusionModel) -> Tensor:
     context = torch.cat(outputs, dim=-1)
     prediction: Tensor = model.unet(latents, torch.tensor([10, 500]), context, **conditions).sample
     return prediction.float()
+
+
+def trained(folder: Path, sdxl: bool = False, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """A file's tensors of an adapter with random weights, and what the model puts out with it."""
+    model = load(folder, sdxl)
+    plain = output(model)
+    adapter = adapt(model, folder, **options)
+    assert difference(output(model), plain) < 1e-5  # a new adapter changes nothing
+    stir(adapter.network)
+    with_adapter = output(model)
+    assert difference(with_adapter, plain) > 0.02
+    return adapter_state_dict(adapter, None), with_adapter
 
 
 class OneBlock(nn.Module):

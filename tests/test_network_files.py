@@ -7,32 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import OneBlock, adapt, difference, load, output, stir
+from adapters import OneBlock, adapt, difference, load, output, stir, trained
 from lycoris import LycorisNetwork, create_lycoris_from_weights
 from lycoris import kohya as lycoris_kohya
 from lycoris.kohya import LycorisNetworkKohya
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from library.training.errors import UserError
 from library.training.models import DiffusionModel
 from library.training.network import adapter_state_dict
-from networks import kohya, lokr, lora
+from networks import kohya, lora
 from networks.layers import with_stock_paths
-from networks.modules import LoKr, finish
-from networks.weights import read_weights
-
-
-def trained(folder: Path, sdxl: bool = False, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """A file's tensors of an adapter with random weights, and what the model puts out with it."""
-    model = load(folder, sdxl)
-    plain = output(model)
-    adapter = adapt(model, folder, **options)
-    assert difference(output(model), plain) < 1e-5  # a new adapter changes nothing
-    stir(adapter.network)
-    with_adapter = output(model)
-    assert difference(with_adapter, plain) > 0.02
-    return adapter_state_dict(adapter, None), with_adapter
 
 
 class TestKeys:
@@ -336,76 +321,6 @@ class TestStockFiles:
         with safe_open(file, "pt") as opened:
             assert opened.metadata().keys() == {"ss_steps", "sshs_model_hash", "sshs_legacy_hash"}
         assert load_file(file).keys() == adapter_state_dict(adapter, None).keys()
-
-
-class TestMisfits:
-    def test_another_rank(self, tiny_sd1: Path, tmp_path: Path) -> None:
-        tensors, _ = trained(tiny_sd1)
-        file = tmp_path / "rank4.safetensors"
-        save_file(tensors, file)
-        with pytest.raises(
-            UserError, match=r"lora_\w+\.weight is \(.*4.*\) .* Set --network_module"
-        ):
-            adapt(load(tiny_sd1), tiny_sd1, network_dim=8, network_weights=str(file))
-
-    def test_another_algorithm(self, tiny_sd1: Path, tmp_path: Path) -> None:
-        tensors, _ = trained(tiny_sd1, network_module="networks.loha")
-        file = tmp_path / "loha.safetensors"
-        save_file(tensors, file)
-        with pytest.raises(UserError, match="--dim_from_weights"):
-            adapt(load(tiny_sd1), tiny_sd1, network_weights=str(file))
-
-    def test_another_model(self, tiny_sd1: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
-        file = tmp_path / "foreign.safetensors"
-        save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, file)
-        with pytest.raises(UserError, match="fits no layer that is trained here"):
-            adapt(load(tiny_sd1), tiny_sd1, network_weights=str(file))
-
-    @pytest.mark.parametrize(
-        ("layer", "other", "keys"),
-        [
-            (nn.Linear(48, 64), nn.Linear(64, 64), {}),
-            (nn.Linear(48, 64), nn.Linear(48, 32), {"full_matrix": True}),
-            (nn.Linear(48, 64), nn.Linear(64, 64), {"decompose_both": True, "lora_dim": 1}),
-            (nn.Conv2d(48, 64, 3), nn.Conv2d(64, 64, 3), {}),
-            (nn.Conv2d(48, 64, 3), nn.Conv2d(48, 64, 1), {"full_matrix": True}),
-            (nn.Conv2d(48, 64, 3), nn.Conv2d(64, 64, 3), {"use_tucker": True}),
-        ],
-    )
-    def test_lokr_for_a_layer_of_another_size(
-        self, layer: nn.Module, other: nn.Module, keys: dict[str, Any]
-    ) -> None:
-        keys = {"lora_dim": 2, "factor": 4, **keys}
-        adapter = finish(LoKr("lora_unet_layer", layer, 1.0, **keys))
-        tensors = {f"lora_unet_layer.{key}": t for key, t in adapter.state_dict().items()}
-
-        def load_onto(unet: nn.Module) -> None:
-            lokr.create_network_from_weights(
-                1.0, "x.pt", None, None, nn.ModuleDict({"layer": unet}), tensors
-            )
-
-        load_onto(layer)
-        with pytest.raises(UserError, match=r"lora_unet_layer is for weights of \(64, 4"):
-            load_onto(other)
-
-    def test_damaged_files(self, tmp_path: Path) -> None:
-        torch.save([torch.zeros(1)], tmp_path / "list.pt")
-        torch.save({"lora_unet_x.alpha": 1.0}, tmp_path / "numbers.pt")
-        (tmp_path / "text.ckpt").write_bytes(b"no pickle")
-        (tmp_path / "empty.pt").touch()
-        (tmp_path / "text.safetensors").write_bytes(b"no safetensors")
-        for file in tmp_path.iterdir():
-            with pytest.raises(UserError, match="cannot be read"):
-                read_weights(file)
-
-    def test_part_of_a_file_is_loaded_with_a_word(
-        self, tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        tensors, _ = trained(tiny_sd1)
-        file = tmp_path / "both.safetensors"
-        save_file(tensors, file)
-        adapt(load(tiny_sd1), tiny_sd1, network_weights=str(file), network_train_unet_only=True)
-        assert "18 of 66 layers are not trained here" in caplog.text
 
 
 def test_base_weights_have_strengths_and_any_algorithm(tiny_sd1: Path, tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ import pytest
 import torch
 from adapters import OneBlock, difference, load, output, stir
 from diffusers import UNet2DConditionModel
-from lycoris.config import PRESET
-from lycoris.kohya import LycorisNetworkKohya
 from lycoris.modules.locon import LoConModule
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -23,7 +21,7 @@ from networks.blocks import block_index
 from networks.build import MODULE_CLASSES
 from networks.layers import from_original_layout
 from networks.modules import LoRA, finish
-from networks.presets import ALGORITHMS, PRESETS
+from networks.presets import ALGORITHMS
 
 DATA = Path(__file__).parent / "data"
 MODULES = {"lora": lora, "loha": loha, "lokr": lokr, "kohya": kohya}
@@ -222,59 +220,6 @@ def test_original_layout_of_sdxl() -> None:
     kept = "lora_unet_down_blocks_1_attentions_0_proj_in"
     assert from_original_layout(kept) == kept
     assert from_original_layout("lora_te1_text_model_x") == "lora_te1_text_model_x"
-
-
-class TestPresets:
-    @pytest.fixture(scope="class")
-    def parts(self, tiny_sd1: Path) -> tuple[nn.Module, nn.Module]:
-        """Text encoder and UNet, to which nothing is applied."""
-        model = load(tiny_sd1)
-        return model.text_encoders[0], model.unet
-
-    def test_the_list_is_lycoriss(self) -> None:
-        assert set(PRESETS) == set(PRESET)
-
-    @pytest.mark.parametrize(
-        ("preset", "unet", "text"),
-        [
-            # Transformers 48, resnets and samplers 31, conv_in, conv_out, time embedding 2.
-            ("full", 83, 18),
-            ("full-lin", 63, 18),
-            ("attn-mlp", 50, 18),
-            ("attn-only", 32, 12),
-            ("unet-only", 83, 0),
-            ("unet-transformer-only", 50, 0),
-            ("unet-convblock-only", 33, 0),
-            ("ia3", 20, 9),
-        ],
-    )
-    def test_every_preset_works(self, parts: Any, preset: str, unet: int, text: int) -> None:
-        network = create("kohya", *parts, preset=preset)
-        assert (len(network.unet_loras), len(network.text_encoder_loras)) == (unet, text)
-
-    def test_a_file(self, parts: Any, tmp_path: Path) -> None:
-        file = tmp_path / "preset.toml"
-        file.write_text(
-            'unet_target_module = ["Transformer2DModel"]\nunet_target_name = ["conv_in"]\n'
-            'text_encoder_target_module = []\nexclude_name = [".*attn2.*"]\n'
-            '[module_algo_map.FeedForward]\nalgo = "lokr"\nfactor = 4\n'
-            "[name_algo_map.conv_in]\ndim = 2\n"
-        )
-        network = create("kohya", *parts, preset=str(file))
-        by_name = {a.lora_name: a for a in network.loras}
-        assert not any("attn2" in name for name in by_name)
-        feed_forward = by_name["lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"]
-        assert feed_forward.lokr_w1.shape == (4, 4)
-        assert by_name["lora_unet_conv_in"].lora_dim == 2
-        assert isinstance(by_name["lora_unet_mid_block_attentions_0_proj_in"], LoRA)
-
-    def test_networks_dont_disturb_each_other_or_lycoris(self, parts: Any) -> None:
-        before = {k: v for k, v in vars(LycorisNetworkKohya).items() if k.isupper()}
-        first = create("kohya", *parts, preset="attn-mlp")
-        create("kohya", *parts, algo="ia3", preset="ia3")
-        again = create("kohya", *parts, preset="attn-mlp")
-        assert names(first) == names(again)
-        assert {k: v for k, v in vars(LycorisNetworkKohya).items() if k.isupper()} == before
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -1,4 +1,4 @@
-"""networks/presets.py: which layers a preset file reaches, and what it may say about them."""
+"""networks/presets.py: which layers a preset reaches, and what a file may say about them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import OneBlock
+from adapters import OneBlock, load
+from lycoris.config import PRESET
+from lycoris.kohya import LycorisNetworkKohya
 from lycoris.modules.full import FullModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.lokr import LokrModule
+from torch import nn
 
 from library.training.errors import UserError
 from networks import kohya
-from networks.presets import Selection, Targets, check_preset, preset_selection
+from networks.modules import LoRA
+from networks.presets import PRESETS, Selection, Targets, check_preset, preset_selection
 
 FEED_FORWARD = "lora_unet_attentions_transformer_blocks_0_ff_net_"
 
@@ -22,8 +26,71 @@ def adapters(folder: Path, text: str, alpha: float = 2, **keys: Any) -> dict[str
     """The adapters of a network with the preset `text`, by name; rank 4."""
     file = folder / "preset.toml"
     file.write_text(text)
-    made = kohya.create_network(1.0, 4, alpha, None, None, OneBlock(), preset=str(file), **keys)
+    made = create(None, OneBlock(), alpha, preset=str(file), **keys)
     return {adapter.lora_name: adapter for adapter in made.loras}
+
+
+def create(text_encoder: Any, unet: Any, alpha: float = 2, **keys: Any) -> Any:
+    return kohya.create_network(1.0, 4, alpha, None, text_encoder, unet, **keys)
+
+
+def names(network: Any) -> list[str]:
+    return [adapter.lora_name for adapter in network.loras]
+
+
+class TestNetworks:
+    """Whole presets, on a model with every kind of layer."""
+
+    @pytest.fixture(scope="class")
+    def parts(self, tiny_sd1: Path) -> tuple[nn.Module, nn.Module]:
+        """Text encoder and UNet, to which nothing is applied."""
+        model = load(tiny_sd1)
+        return model.text_encoders[0], model.unet
+
+    def test_the_list_is_lycoriss(self) -> None:
+        assert set(PRESETS) == set(PRESET)
+
+    @pytest.mark.parametrize(
+        ("preset", "unet", "text"),
+        [
+            # Transformers 48, resnets and samplers 31, conv_in, conv_out, time embedding 2.
+            ("full", 83, 18),
+            ("full-lin", 63, 18),
+            ("attn-mlp", 50, 18),
+            ("attn-only", 32, 12),
+            ("unet-only", 83, 0),
+            ("unet-transformer-only", 50, 0),
+            ("unet-convblock-only", 33, 0),
+            ("ia3", 20, 9),
+        ],
+    )
+    def test_every_preset_works(self, parts: Any, preset: str, unet: int, text: int) -> None:
+        network = create(*parts, preset=preset)
+        assert (len(network.unet_loras), len(network.text_encoder_loras)) == (unet, text)
+
+    def test_a_file(self, parts: Any, tmp_path: Path) -> None:
+        file = tmp_path / "preset.toml"
+        file.write_text(
+            'unet_target_module = ["Transformer2DModel"]\nunet_target_name = ["conv_in"]\n'
+            'text_encoder_target_module = []\nexclude_name = [".*attn2.*"]\n'
+            '[module_algo_map.FeedForward]\nalgo = "lokr"\nfactor = 4\n'
+            "[name_algo_map.conv_in]\ndim = 2\n"
+        )
+        network = create(*parts, preset=str(file))
+        by_name = {a.lora_name: a for a in network.loras}
+        assert not any("attn2" in name for name in by_name)
+        feed_forward = by_name["lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"]
+        assert feed_forward.lokr_w1.shape == (4, 4)
+        assert by_name["lora_unet_conv_in"].lora_dim == 2
+        assert isinstance(by_name["lora_unet_mid_block_attentions_0_proj_in"], LoRA)
+
+    def test_networks_dont_disturb_each_other_or_lycoris(self, parts: Any) -> None:
+        before = {k: v for k, v in vars(LycorisNetworkKohya).items() if k.isupper()}
+        first = create(*parts, preset="attn-mlp")
+        create(*parts, algo="ia3", preset="ia3")
+        again = create(*parts, preset="attn-mlp")
+        assert names(first) == names(again)
+        assert {k: v for k, v in vars(LycorisNetworkKohya).items() if k.isupper()} == before
 
 
 class TestLayers:
