@@ -108,3 +108,21 @@ def check_keys(known: list[str], values: Mapping[str, Any], owner: str) -> None:
                 f"{owner} has no argument '{key}' (given {key}={value!r})."
                 f"{did_you_mean(key, known)} Allowed: {', '.join(sorted(known))}."
             )
+
+
+def check_groupable(
+    rules: Mapping[str, Rule], own: Mapping[str, Any], group: Mapping[str, Any], owner: str
+) -> None:
+    """Refuse an argument of `owner` in a parameter group, but for those that a group has of its
+    `own`: it would be kept there and do nothing.
+
+    Raises:
+        OptimizerArgumentError: names the key, and says what a group may set.
+    """
+    for key, value in group.items():
+        if key in rules and key not in own:
+            raise OptimizerArgumentError(
+                f"{owner}: '{key}' acts on all parameters and cannot be set in a parameter group, "
+                f"which may set {', '.join(own)}. Give it to the optimizer, {owner}(…, "
+                f"{key}={value!r}), or make a second optimizer for that group's parameters."
+            )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, rounding
-from .arguments import Rule, check_values, number, one_of, pair, whole_number
+from .arguments import Rule, check_groupable, check_values, number, one_of, pair, whole_number
 from .layout import BLOCK, Layout, layout_of
 from .roles import Roles, family_of, group_names
 from .state import QUANTIZABLE, Kind, decode, encode
@@ -120,14 +120,15 @@ class ChainOptimizer(torch.optim.Optimizer):
         """Add a group, with its names where it tells them.
 
         Raises:
-            ValueError: a number of names that differs, an impossible hyper-parameter, or a tensor
-                that is not of real floating-point numbers.
+            ValueError: a number of names that differs, an impossible hyper-parameter or one that
+                a group cannot set, or a tensor that is not of real floating-point numbers.
         """
         params = param_group["params"]
         if not isinstance(params, Tensor | set):
             params = param_group["params"] = list(params)
         elif isinstance(params, Tensor):
             params = param_group["params"] = [params]
+        check_groupable(self.RULES, self.defaults, param_group, type(self).__name__)
         check_values(self.RULES, {**self.defaults, **param_group}, type(self).__name__)
         for item in params:
             param = item[1] if isinstance(item, tuple) else item
