@@ -102,7 +102,7 @@ accelerator.end_training()  # as the trainer does: without it gloo may abort the
 
 
 @pytest.mark.parametrize(("seed", "minutes"), [(None, 7), (1, 10)])
-def test_ddp_timeout_acts_with_and_without_a_seed(
+def test_processes_on_cpus_join_with_and_without_a_seed(
     tmp_path: Path, seed: int | None, minutes: int
 ) -> None:
     script = tmp_path / "timeout.py"
@@ -112,10 +112,13 @@ from datetime import timedelta
 import torch
 from library.training.accelerator import make_accelerator, shared_seed
 from library.training.options import Options
+from library.training.processes import gather
 
 options = Options(ddp_timeout={minutes}, seed={seed})
-shared_seed(options)
+seed = shared_seed(options)
 accelerator = make_accelerator(options)
+assert accelerator.num_processes == 2
+assert gather(seed, accelerator) == [seed, seed]
 group = torch.distributed.group.WORLD
 waits = group._get_backend(torch.device("cpu")).options._timeout
 assert waits == timedelta(minutes={minutes}), waits
@@ -124,7 +127,7 @@ accelerator.end_training()
     )
     finished = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)],
-        env=environment() | {"PYTHONPATH": str(ROOT)},
+        env=environment() | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "True"},
         capture_output=True,
         text=True,
         timeout=120,
