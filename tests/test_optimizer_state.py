@@ -387,37 +387,3 @@ def test_a_slow_average_does_not_stand_still():
     assert state.decode(*held, "positive")[:, 1:].mean().item() == pytest.approx(
         0.999**1000, rel=0.05
     )
-
-
-def test_noise_depends_on_key_step_and_draw_alone():
-    one = layout_of((700,), CPU)
-    two = layout_of((300, 700), CPU)
-    keys = torch.tensor([5, 9], dtype=torch.int32)
-    alone = next(rounding.uniforms(one.position, one.spread(keys[1:]), 3))
-    among = rounding.uniforms(two.position, two.spread(keys), 3)
-    draws = [next(among) for _ in range(3)]
-    assert torch.equal(draws[0][-3:], alone)
-    assert not torch.equal(draws[0][:2], alone[:2])
-    later = next(rounding.uniforms(one.position, one.spread(keys[1:]), 4))
-    assert not torch.equal(later, alone)
-    assert not torch.equal(draws[1], draws[0])
-    for draw in draws:
-        assert draw.mean().item() == pytest.approx(0.5, abs=0.05)
-        assert draw.std().item() == pytest.approx(12**-0.5, abs=0.02)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stochastic_rounding_goes_to_a_neighbour_and_is_unbiased(dtype):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(20, BLOCK, generator=generator) * torch.logspace(-7, 3, 20)[:, None]
-    total = torch.zeros_like(x)
-    for _ in range(300):
-        rounded = rounding.round_to(x, dtype, torch.rand(x.shape, generator=generator))
-        total += rounded.float()
-    spacing = (torch.finfo(dtype).eps * x.abs()).clamp_min(
-        2.0**-24 if dtype == torch.float16 else 0
-    )
-    assert ((rounded.float() - x).abs() <= spacing).all()
-    assert ((total / 300 - x) / spacing).abs().max() < 0.2
-    kept = x.to(dtype).float()  # representable: no noise moves it
-    assert torch.equal(rounding.round_to(kept, dtype, torch.full_like(x, 0.999)).float(), kept)

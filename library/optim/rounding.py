@@ -51,6 +51,8 @@ def round_to(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     """Round float32 `x` to bfloat16 or float16, up or down with the probability of nearness.
 
     The expected value of the result is `x`; a representable `x` is kept (arXiv 2010.06192, §3).
+    Only beyond float16's largest number, 65504, an `x` that is nearer to it than to infinity is
+    rounded to it.
 
     Args:
         noise: uniform in [0, 1), of the shape of `x`.
@@ -63,4 +65,6 @@ def round_to(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     _, exponent = torch.frexp(x)
     spacing = (exponent - 1).clamp_min(-14) - 10
     ulp = ((spacing + 127) << 23).view(torch.float32)
-    return (torch.floor(x / ulp + noise) * ulp).to(dtype)
+    rounded = torch.floor(x / ulp + noise) * ulp
+    finite = x.abs() < 65520
+    return torch.where(finite, rounded.clamp(-65504, 65504), rounded).to(dtype)
