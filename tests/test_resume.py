@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from runs import ROOT, command, environment, same_weights, train, write_dataset
+from runs import ROOT, command, environment, same_weights, train, words, write_dataset
 from safetensors.torch import load_file
 
 from library.training.state import check_state
@@ -83,3 +86,46 @@ def test_ctrl_c_saves_and_ends(tmp_path: Path) -> None:
     assert load_file(output / "short.safetensors")
     assert check_state(output / "short-state") == []
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to process groups")
+@pytest.mark.parametrize(
+    ("start_method", "number"), [("fork", signal.SIGINT), ("spawn", signal.SIGTERM)]
+)
+def test_a_signal_to_all_processes_is_left_to_the_main_one(
+    tmp_path: Path, start_method: str, number: signal.Signals
+) -> None:
+    output = tmp_path / "out"
+    program = (
+        "import multiprocessing, sys, train_network\n"
+        f"multiprocessing.set_start_method({start_method!r})\n"
+        "sys.exit(train_network.main(sys.argv[1:]))"
+    )
+    options = words(
+        dataset_config=write_dataset(tmp_path / "data"),
+        output_dir=output,
+        cache_latents=False,
+        max_data_loader_n_workers=1,
+        max_train_steps=100000,
+        save_every_n_steps=2,
+        save_last_n_steps=2,
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *options],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(output / "short-step00000002.safetensors", process)
+    workers = psutil.Process(process.pid).children()
+    os.killpg(process.pid, number)  # as a terminal does with Ctrl-C, and `timeout` with SIGTERM
+    if number == signal.SIGINT:
+        for worker in workers:
+            worker.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert said.count("stopping after this step") == 1
+    assert load_file(output / "short.safetensors")

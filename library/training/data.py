@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
-from os import cpu_count
 from typing import Any
 
 import torch
@@ -121,13 +122,14 @@ class TrainingData:
         # workers live as long as the loader's one pass, which is the whole run, whether or not
         # persistent_data_loader_workers is set.
         in_memory = self.store is not None and bool(self.store.in_memory)
-        workers = 0 if in_memory else min(options.max_data_loader_n_workers, cpu_count() or 1)
+        workers = 0 if in_memory else min(options.max_data_loader_n_workers, os.cpu_count() or 1)
         return _RunLoader(
             samples,
             sampler=_RunSampler(start, epochs, steps),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
+            worker_init_fn=_leave_signals_to_the_main_process,
             # Without a generator of its own, the loader draws from torch's and changes its state.
             generator=torch.Generator().manual_seed(0),
         )
@@ -209,6 +211,17 @@ class _RunLoader(DataLoader[Any]):
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, but the main one alone ends a run in order.
+
+    SIGTERM still ends a worker, for so the main process ends one that hangs; it is not to come
+    with one that `timeout` sends to the whole group.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # Windows has no groups of this kind
+        os.setpgrp()
 
 
 def _cache_problems(specs: list[DatasetSpec], options: Options) -> list[str]:
