@@ -129,6 +129,13 @@ def test_two_runs_are_the_same_and_another_seed_is_not(tmp_path: Path) -> None:
     assert not same_weights(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
 
 
+def test_the_largest_seed_of_all_trains(tmp_path: Path) -> None:
+    options = {"seed": 2**63 - 1, "validation_seed": 2**63 - 1, "validation_split": 0.3}
+    assert run(tmp_path, max_train_steps=1, **options) == 0
+    with safe_open(tmp_path / "short.safetensors", "pt") as file:
+        assert file.metadata()["ss_seed"] == str(2**63 - 1)
+
+
 def test_validation_watches_pictures_that_are_not_trained_on(tmp_path: Path) -> None:
     options = {"validation_split": 0.3, "validate_every_n_steps": 2}
     assert run(tmp_path, save_state_on_train_end=True, max_train_steps=6, **options) == 0

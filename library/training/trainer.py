@@ -64,7 +64,7 @@ class NetworkTrainer:
                 print(line)
             return True
         accelerator = make_accelerator(options)
-        set_seed(options.seed)
+        set_seed((options.seed or 0) % 2**32)  # NumPy takes no larger one
         model = load_model(options, self.sdxl, weight_dtype(options), accelerator.device)
         prepare_data(run, model, accelerator)
         adapter = build_adapter(options, model)
