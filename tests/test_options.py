@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import pytest
 
+from library.training.dataset_keys import DATASET_KEYS, SUBSET_KEYS
 from library.training.errors import UserError
 from library.training.options import OPTIONS, Options, setup_parser
 from library.training.options.fields import int_or_float
@@ -137,19 +138,56 @@ def test_a_stock_namespace_becomes_options() -> None:
     assert "learning_rate" not in options.given
 
 
+# Modules that check options, settle them or tell about them: to be named there is not to act.
+ABOUT_OPTIONS = {"option_checks.py", "option_notes.py", "settle.py", "refusals.py", "metadata.py"}
+# Options that act although no other module reads them as an attribute of the options.
+READ_BY_NAME = {
+    # settle.py turns them into others.
+    *("use_8bit_adam", "use_lion_optimizer", "cache_text_encoder_outputs_to_disk"),
+    # What they ask for is so in any case; option_notes.py says it, and the help of --sdpa.
+    *("sdpa", "xformers", "mem_eff_attn", "lowram", "highvram", "tokenizer_cache_dir"),
+    *("ddp_gradient_as_bucket_view", "ddp_static_graph", "persistent_data_loader_workers"),
+    # config.py reads them among the words that were typed.
+    *("config_file", "output_config"),
+    # They are for the file's header alone.
+    *("no_metadata", "training_comment"),
+    *(name for name in OPTIONS if name.startswith("metadata_")),
+}
+# The dataset config's name for an option, where it has another one.
+DATASET_NAMES = {"dataset_repeats": "num_repeats", "train_batch_size": "batch_size"}
+
+
+def attributes_read() -> tuple[set[str], set[str]]:
+    """The attributes that the sources read: those of options, and those of anything."""
+    root = Path(__file__).parent.parent
+    sources = [*root.glob("*.py"), *(root / "library").rglob("*.py")]
+    of_options, of_anything = set(), set()
+    for file in sources:
+        if "options" in file.parts or file.name in ABOUT_OPTIONS:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Attribute(value=owner, attr=name, ctx=ast.Load()):
+                    pass
+                case ast.Call(ast.Name("getattr"), [owner, ast.Constant(str(name)), *_]):
+                    pass
+                case _:
+                    continue
+            of_anything.add(name)
+            match owner:
+                case ast.Name("options" | "args") | ast.Attribute(attr="options"):
+                    of_options.add(name)
+    return of_options, of_anything
+
+
 def test_every_option_is_read_somewhere() -> None:
-    """An option is refused, or said to change nothing, or some module reads it by its name."""
-    library = Path(__file__).parent.parent / "library"
-    about_options = {"option_checks.py", "settle.py", "refusals.py"}
-    texts = [
-        file.read_text(encoding="utf-8")
-        for file in library.rglob("*.py")
-        if "options" not in file.parts and file.name not in about_options
-    ]
-    words = set(re.findall(r"\w+", " ".join(texts)))
-    words |= {"caption_extention", "use_8bit_adam", "use_lion_optimizer", "sdpa"}  # aliases
-    words |= {name for name in OPTIONS if name.startswith("metadata_")}  # read by their prefix
-    assert OPTIONS.keys() - REFUSED.keys() - words == set()
+    """An option is refused, or read from the options, or by way of a dataset's description."""
+    of_options, of_anything = attributes_read()
+    assert READ_BY_NAME & of_options == set()
+    for name in OPTIONS.keys() - REFUSED.keys() - READ_BY_NAME - of_options:
+        key = DATASET_NAMES.get(name, name)
+        assert key in {**DATASET_KEYS, **SUBSET_KEYS}, name
+        assert key in of_anything, name
 
 
 def test_changed_options_leave_the_original_alone() -> None:
