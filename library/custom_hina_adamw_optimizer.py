@@ -13,6 +13,7 @@ from library.optim.arguments import (
     flag,
     number,
     one_of,
+    plain,
     whole_number,
 )
 from library.optim.engine import ChainOptimizer
@@ -58,7 +59,8 @@ class HinaAdamWOptimizer(ChainOptimizer):
         params: tensors, `(name, tensor)` pairs, or parameter groups that tell names
             (`param_names`, `named`, or a `param_name` attribute). Without names every parameter is
             `regular` and a warning says so.
-        lr: learning rate; groups may set their own, as with `betas`, `eps` and `weight_decay`.
+        lr: learning rate; groups may set their own, as with `betas`, `eps` and `weight_decay`. A
+            tensor is read once, here: what it holds later does not act.
         betas: decay of the first and second moment, each in [0, 1).
         eps: floor of the denominator, at least float32's smallest normal number (1.2e-38).
         weight_decay: decoupled weight decay.
@@ -125,28 +127,30 @@ class HinaAdamWOptimizer(ChainOptimizer):
         bf16_rounding: Literal["stochastic", "nearest"] = "stochastic",
         nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
-        given = {key: value for key, value in locals().items() if key in self.RULES}
+        given = {key: plain(value) for key, value in locals().items() if key in self.RULES}
         self.validate(**given)
         self.switches = {name: given[name] for name in _SWITCHES}
-        momentum = TorqueAware(tam_beta) if use_tam else Momentum()
-        decay = DynamicWeightDecay(wd_transition_steps, wd_decay_factor, wd_min_ratio)
+        momentum = TorqueAware(given["tam_beta"]) if use_tam else Momentum()
+        decay = DynamicWeightDecay(
+            given["wd_transition_steps"], given["wd_decay_factor"], given["wd_min_ratio"]
+        )
         links: tuple[tuple[bool, Technique], ...] = (
             (use_orthogonal_grad, OrthogonalGradient()),
             (use_agr, AGR()),
             (True, ADOPT(momentum) if use_adopt_stability else Adam(momentum)),
             (use_grams, Grams()),
             (use_cautious, Cautious()),
-            (use_alora, PairScale(alora_ratio)),
+            (use_alora, PairScale(given["alora_ratio"])),
             (dynamic_weight_decay, decay),
             (True, Descent()),
-            (use_spd, SelectiveProjection(spd_lambda, spd_anchor)),
+            (use_spd, SelectiveProjection(given["spd_lambda"], spd_anchor)),
         )
         super().__init__(
             params,
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            {key: given[key] for key in ("lr", "betas", "eps", "weight_decay")},
             [technique for on, technique in links if on],
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
+            optim_bits=given["optim_bits"],
+            min_8bit_size=given["min_8bit_size"],
             bf16_rounding=bf16_rounding,
             nonfinite=nonfinite,
         )

@@ -1,5 +1,6 @@
-"""What a parameter group may set of its own, and what it may not."""
+"""What a parameter group may set of its own, what it may not, and which numbers are taken."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -41,3 +42,39 @@ def test_what_a_group_sets_acts_on_it_alone():
             optimizer.step()
         assert not torch.equal(*params), key
         assert optimizer.param_groups[1]["label"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32, np.float64, torch.tensor, lambda value: torch.tensor([value])]
+)
+def test_numbers_of_numpy_and_tensors_become_plain_ones(number):
+    """So that the state loads with weights_only, and a step never reads a device for them."""
+    own = {"betas": [number(0.5), number(0.25)], "weight_decay": number(0.125), "lr": number(0.5)}
+    args = {**own, "tam_beta": number(0.5), "min_8bit_size": np.int64(64)}
+    optimizer = HinaAdamWOptimizer([group("x.weight"), group("y.weight", lr=number(0.25))], **args)
+    for some, lr in zip(optimizer.param_groups, (0.5, 0.25), strict=True):
+        kept = {key: some[key] for key in own}
+        assert kept == {"betas": (0.5, 0.25), "weight_decay": 0.125, "lr": lr}
+        assert {type(value) for value in (*kept["betas"], kept["weight_decay"], kept["lr"])} == {
+            float
+        }
+    assert type(optimizer.min_8bit_size) is int
+
+
+def test_a_tensor_learning_rate_is_read_once():
+    lr = torch.tensor(0.5)
+    optimizer = HinaAdamWOptimizer([group()], lr=lr)
+    lr.fill_(0.25)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    saved = torch.optim.AdamW([group()], lr=lr).state_dict()
+    optimizer = HinaAdamWOptimizer([group()])
+    optimizer.load_state_dict(saved)
+    assert type(optimizer.param_groups[0]["lr"]) is float
+
+
+@pytest.mark.parametrize(
+    "lr", [torch.tensor([0.1, 0.2]), torch.tensor(True), torch.tensor(1j), torch.tensor(torch.nan)]
+)
+def test_tensors_that_are_no_number_are_refused(lr):
+    with pytest.raises(OptimizerArgumentError, match=r"lr=.*; lr must be a finite number >= 0"):
+        HinaAdamWOptimizer([group()], lr=lr)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from .spelling import did_you_mean
 
@@ -21,6 +24,18 @@ class Rule:
     holds: Callable[[Any], bool]
     allowed: str
     choices: tuple[str, ...] = ()
+
+
+def plain(value: Any) -> Any:
+    """Numbers of other kinds (NumPy's, tensors of one element) as Python's, also within a list or a
+    tuple, which becomes a tuple; anything else as it is. A tensor's value is read now."""
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _is_number(value: object) -> bool:
@@ -82,14 +97,14 @@ def pair(item: Rule) -> Rule:
 
 
 def check_values(rules: Mapping[str, Rule], values: Mapping[str, Any], owner: str) -> None:
-    """Check `values` against `rules`; keys without a rule are not looked at.
+    """Check `values`, made `plain`, against `rules`; keys without a rule are not looked at.
 
     Raises:
         OptimizerArgumentError: names the key, the value and what is allowed.
     """
     for key, value in values.items():
         rule = rules.get(key)
-        if rule is not None and not rule.holds(value):
+        if rule is not None and not rule.holds(plain(value)):
             hint = did_you_mean(value, rule.choices) if isinstance(value, str) else ""
             raise OptimizerArgumentError(
                 f"{owner}: {key}={value!r} is not possible; {key} must be {rule.allowed}.{hint}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .arguments import check_values
+from .arguments import check_values, plain
 from .layout import layout_of
 from .state import QUANTIZABLE, Kind, decode, encode
 
@@ -83,6 +83,7 @@ def load(optimizer: ChainOptimizer, state_dict: dict[str, Any]) -> None:
     if same_groups:
         for group, some in zip(optimizer.param_groups, options, strict=True):
             group.update(deepcopy(some))
+            group.update({key: plain(group[key]) for key in optimizer.defaults})
     else:
         logger.info(
             "The saved optimizer state is grouped differently: state was found by parameter name, "

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, rounding
-from .arguments import Rule, check_groupable, check_values, number, one_of, pair, whole_number
+from .arguments import (
+    Rule,
+    check_groupable,
+    check_values,
+    number,
+    one_of,
+    pair,
+    plain,
+    whole_number,
+)
 from .layout import BLOCK, Layout, layout_of
 from .roles import Roles, family_of, group_names
 from .state import QUANTIZABLE, Kind, decode, encode
@@ -130,6 +139,9 @@ class ChainOptimizer(torch.optim.Optimizer):
             params = param_group["params"] = [params]
         check_groupable(self.RULES, self.defaults, param_group, type(self).__name__)
         check_values(self.RULES, {**self.defaults, **param_group}, type(self).__name__)
+        # Plain numbers: torch.load(weights_only=True) reads them, and a step needs no device.
+        for key, default in self.defaults.items():
+            param_group[key] = plain(param_group.get(key, default))
         for item in params:
             param = item[1] if isinstance(item, tuple) else item
             if isinstance(param, Tensor) and not param.is_floating_point():
