@@ -1,5 +1,10 @@
 """Fixtures for all tests."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import torch
 from tiny_models import tiny_sd1, tiny_sd2, tiny_sdxl
 
@@ -7,3 +12,7 @@ __all__ = ["tiny_sd1", "tiny_sd2", "tiny_sdxl"]
 
 # The tensors are tiny: a second thread gains nothing, and on a busy machine costs ten times more.
 torch.set_num_threads(1)
+
+# What is kept of the tests' pictures goes with the session, and not into the user's own cache.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hina-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -44,3 +44,11 @@ def write_folder(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> 
         write_picture(folder / f"{index:02}.png", size, f"icon, number {index}", seed=index)
         for index in range(count)
     ]
+
+
+def damage(path: Path) -> None:
+    """Overwrite some of a file's middle; its header and its end stay as they are."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = b"\xff\xc4\0\1\xff\xda\0\0"
+    path.write_bytes(content)

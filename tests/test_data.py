@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from picture_folders import options_for, picture, write_folder, write_picture
+from picture_folders import damage, options_for, picture, write_folder, write_picture
 from tiny_vae import TinyVae
 
+from library.training import picture_files
 from library.training.data import Batch, TrainingData
 from library.training.errors import UserError
 from library.training.options import Options
@@ -310,6 +311,21 @@ def test_all_broken_pictures_are_listed_and_can_be_skipped(folder: Path) -> None
     assert any("3 broken pictures are left out" in line for line in data.describe())
 
 
+def test_pictures_damaged_in_the_middle_are_listed_too(folder: Path) -> None:
+    for name in ("01.png", "04.png"):
+        damage(folder / "2_cat" / name)
+    with pytest.raises(UserError) as caught:
+        TrainingData.open(options_for(folder))
+    message = str(caught.value)
+    assert message.startswith("2 problems:")
+    for name in ("01.png", "04.png"):
+        assert f"{name}: is damaged or incomplete" in message
+    options = options_for(folder, skip_broken_images=True, max_data_loader_n_workers=0)
+    data, _ = TrainingData.open(options)
+    assert any("2 broken pictures are left out" in line for line in data.describe())
+    assert sum(len(batch.paths) for _, _, batch in batches(data, options)) == 10
+
+
 def test_bad_captions_and_folders_are_listed_together(folder: Path) -> None:
     (folder / "2_cat" / "03.txt").write_bytes(b"caf\xe9")
     (folder / "2_cat" / "04.txt").write_bytes(b"")
@@ -428,29 +444,89 @@ def test_metadata_mistakes(tmp_path: Path) -> None:
     assert "is a relative path" in message('{"00.png": {}}', train_data_dir=None)
 
 
-def test_sizes_are_noted_and_noticed_when_they_change(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = options_for(folder, cache_info=True)
-    TrainingData.open(options)
-    noted = json.loads((folder / "2_cat" / "metadata_cache.json").read_text())
-    assert noted[str(folder / "2_cat" / "00.png")]["resolution"] == [64, 64]
-    write_picture(folder / "2_cat" / "01.png", (80, 60))
-    opened: list[str] = []
-    from library.training import picture_files
-
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the pictures that are looked at, as they are."""
+    names: list[str] = []
     inspect = picture_files.inspect
 
     def watched(path: str) -> Any:
-        opened.append(path)
+        names.append(os.path.basename(path))
         return inspect(path)
 
     monkeypatch.setattr(picture_files, "inspect", watched)
+    return names
+
+
+@pytest.mark.parametrize("cache_info", [False, True])
+def test_a_picture_is_looked_at_once_until_it_changes(
+    folder: Path, opened: list[str], cache_info: bool
+) -> None:
+    options = options_for(folder, cache_info=cache_info)
+    TrainingData.open(options)
+    assert len(opened) == 7
+    opened.clear()
+    TrainingData.open(options)
+    assert opened == []
+    write_picture(folder / "2_cat" / "01.png", (80, 60))
     data, _ = TrainingData.open(options)
-    assert opened == [str(folder / "2_cat" / "01.png")]
+    assert opened == ["01.png"]
     assert data.records[1].size == (80, 60)
-    (folder / "2_cat" / "metadata_cache.json").write_text("torn")
+    noted = folder / "2_cat" / "metadata_cache.json"
+    assert noted.exists() == cache_info
+
+
+def test_sizes_are_noted_as_sd_scripts_notes_them(folder: Path, opened: list[str]) -> None:
+    options = options_for(folder, cache_info=True)
+    TrainingData.open(options)
+    file = folder / "2_cat" / "metadata_cache.json"
+    noted = json.loads(file.read_text())
+    assert len(noted) == 7
+    entry = noted[str(folder / "2_cat" / "00.png")]
+    assert entry["resolution"] == [64, 64]
+    assert entry["caption"] == "icon, number 0"
+    opened.clear()
+    file.write_text("torn")
     assert len(TrainingData.open(options)[0].records) == 7
+    # As sd-scripts itself writes it, without a word on whether the picture is sound.
+    for each in noted.values():
+        del each["decoded"]
+    file.write_text(json.dumps(noted))
+    TrainingData.open(options)
+    assert len(opened) == 14
+
+
+def test_masks_are_looked_at_once_too(folder: Path, opened: list[str]) -> None:
+    write_folder(folder / "masks", 7)
+    options = options_for(
+        folder, masked_loss=True, conditioning_data_dir=str(folder / "masks"), cache_info=True
+    )
+    TrainingData.open(options)
+    assert len(opened) == 14
+    # sd-scripts takes every entry of this file for a picture to train on.
+    assert len(json.loads((folder / "2_cat" / "metadata_cache.json").read_text())) == 7
+    TrainingData.open(options)
+    assert len(opened) == 14
+
+
+def test_pictures_that_are_gone_are_missed(tmp_path: Path) -> None:
+    write_folder(tmp_path, 2)
+    (tmp_path / "m.json").write_text('{"00.png": {"caption": "a"}, "01.png": {"caption": "b"}}')
+    options = options_for(tmp_path, in_json=str(tmp_path / "m.json"))
+    TrainingData.open(options)
+    (tmp_path / "01.png").unlink()
+    with pytest.raises(UserError, match=r"01\.png: does not exist"):
+        TrainingData.open(options)
+
+
+def test_a_cache_that_cannot_be_written_is_noted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    data, _ = TrainingData.open(options_for(folder))
+    assert len(data.records) == 7
+    assert "cannot be written" in data.describe()[-1]
 
 
 def test_description_and_debugging(folder: Path) -> None:

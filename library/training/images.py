@@ -19,7 +19,7 @@ from torch import Tensor
 from library.training.buckets import Placement, Size, cover
 from library.training.dataset_config import SubsetSpec
 from library.training.errors import UserError
-from library.training.picture_files import orientation
+from library.training.picture_files import DECODING_ERRORS, orientation
 from library.training.randomness import python_stream
 
 _FILTERS = {
@@ -116,7 +116,7 @@ def open_picture(path: str) -> tuple[Image.Image, Image.Image | None, str]:
         with Image.open(io.BytesIO(data)) as image:
             turn = _UPRIGHT.get(orientation(image))
             upright = image.transpose(turn) if turn is not None else image.copy()
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
+    except DECODING_ERRORS as error:
         raise UserError(
             f"{path}: the picture cannot be decoded ({error}): repair, replace or remove it"
         ) from None

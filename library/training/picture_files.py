@@ -1,4 +1,4 @@
-"""Finding picture files, and telling sound ones from broken ones without decoding them."""
+"""Finding picture files, and telling sound ones from broken ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import importlib.util
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError, features
+from tqdm import tqdm
 
-# Opening files is mostly waiting, on network drives above all.
-_THREADS = 8
+# Decoding keeps a core busy, opening files on network drives is mostly waiting.
+_THREADS = max(8, os.cpu_count() or 1)
 _ORIENTATION_TAG = 0x0112
+
+# What Pillow's decoders raise; RuntimeError is AVIF's.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError)
 
 
 def _extensions() -> tuple[str, ...]:
@@ -36,7 +41,7 @@ class BrokenPicture(Exception):
 
 @dataclass(frozen=True)
 class PictureInfo:
-    """What the header of a picture says."""
+    """What is to be known of a sound picture."""
 
     size: tuple[int, int]  # (width, height), the right way up
     has_alpha: bool
@@ -55,7 +60,7 @@ def find_pictures(folder: str) -> list[str]:
 
 
 def inspect_all(paths: Iterable[str]) -> dict[str, PictureInfo | BrokenPicture]:
-    """What `inspect` says of each file: its header, or why it is broken."""
+    """What `inspect` says of each file: its size, or why it is broken."""
 
     def attempt(path: str) -> PictureInfo | BrokenPicture:
         try:
@@ -65,14 +70,22 @@ def inspect_all(paths: Iterable[str]) -> dict[str, PictureInfo | BrokenPicture]:
 
     every = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(every, pool.map(attempt, every), strict=True))
+        infos = tqdm(
+            pool.map(attempt, every),
+            desc="checking pictures",
+            total=len(every),
+            unit="picture",
+            delay=1,
+            leave=False,
+        )
+        return dict(zip(every, infos, strict=True))
 
 
 def inspect(path: str) -> PictureInfo:
-    """The header of a picture; BrokenPicture if the file is not a whole, readable picture.
+    """The size of a picture; BrokenPicture if the file is not one that can be decoded.
 
-    The end of the file tells whether a PNG, JPEG, WebP or BMP is complete. Only files whose end is
-    not as it should be, and other formats, are decoded to be sure.
+    Takes milliseconds, as nothing short of decoding tells that the middle of a file is damaged:
+    1024×1024 pixels of PNG 2, of JPEG 8, of WebP 47.
     """
     try:
         if os.path.getsize(path) == 0:
@@ -84,8 +97,8 @@ def inspect(path: str) -> PictureInfo:
             if orientation(image) >= 5:  # lying on its side
                 width, height = height, width
             has_alpha = image.has_transparency_data
-            if not _ends_well(path, image.format):
-                image.load()
+            if not _checksums_agree(image):
+                _decode(path)
             return PictureInfo((width, height), has_alpha)
     except UnidentifiedImageError:
         raise BrokenPicture(f"is not a picture: it is {_describe(path)}") from None
@@ -95,8 +108,23 @@ def inspect(path: str) -> PictureInfo:
         raise BrokenPicture("does not exist") from None
     except PermissionError:
         raise BrokenPicture("may not be read: check its permissions") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
+    except DECODING_ERRORS as error:
         raise BrokenPicture(f"is damaged or incomplete: {error}") from None
+
+
+def _checksums_agree(image: Image.Image) -> bool:
+    """Whether all parts of a picture are as they were written; only PNG has sums that tell."""
+    if image.format == "PNG":
+        with suppress(*DECODING_ERRORS):
+            image.verify()
+            return True
+    return False
+
+
+def _decode(path: str) -> None:
+    with Image.open(path) as image:
+        image.draft(None, (1, 1))  # JPEG: all is read, but not all of each pixel block computed
+        image.load()
 
 
 def orientation(image: Image.Image) -> int:
@@ -115,24 +143,6 @@ def stamp(path: str) -> str:
     """Changes when the file is written anew: its length and time, which need no reading."""
     status = os.stat(path)
     return f"{status.st_size}:{status.st_mtime_ns}"
-
-
-def _ends_well(path: str, kind: str | None) -> bool:
-    """Whether the file ends as complete files of this kind do."""
-    with open(path, "rb") as file:
-        head = file.read(12)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 12))
-        tail = file.read()
-    if kind == "PNG":
-        return tail[4:8] == b"IEND"
-    if kind == "JPEG":
-        return tail.rstrip(b"\0").endswith(b"\xff\xd9")
-    if kind == "WEBP":
-        return size >= int.from_bytes(head[4:8], "little") + 8
-    if kind == "BMP":
-        return size >= int.from_bytes(head[2:6], "little") > 0
-    return False
 
 
 def _describe(path: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from library.training.buckets import Placement, Size, place_fixed
 from library.training.dataset_config import DatasetSpec, SubsetSpec
-from library.training.picture_files import BrokenPicture, PictureInfo, find_pictures, inspect_all
+from library.training.picture_files import BrokenPicture, PictureInfo, find_pictures
 from library.training.size_cache import SizeCache
 from library.training.sources import Findings, Listed, list_pictures
 
@@ -108,11 +108,10 @@ def gather(
 def _records(subset: SubsetSpec, spec: DatasetSpec, key: str, findings: Findings) -> list[Record]:
     listed = list_pictures(subset, findings)
     masks = _find_masks(listed, subset, findings)
-    cache = SizeCache.of(subset)
-    known = cache.known([each.path for each in listed])
-    infos = known | inspect_all(
-        [each.path for each in listed if each.path not in known] + list(masks.values())
-    )
+    infos = _inspect(SizeCache.of(subset), {each.path: each.caption for each in listed}, findings)
+    if subset.conditioning_data_dir is not None:
+        cache = SizeCache.of_source(subset.conditioning_data_dir)
+        infos |= _inspect(cache, dict.fromkeys(masks.values(), ""), findings)
     records = []
     for each in listed:
         mask = masks.get(each.path)
@@ -134,9 +133,17 @@ def _records(subset: SubsetSpec, spec: DatasetSpec, key: str, findings: Findings
             records.append(
                 Record(name, each.path, each.caption, subset, size, placement, repeats, mask)
             )
-    if problem := cache.save({each.path: each.caption for each in listed}, infos):
-        findings.notes.append(problem)
     return records
+
+
+def _inspect(
+    cache: SizeCache, captions: dict[str, str], findings: Findings
+) -> dict[str, PictureInfo | BrokenPicture]:
+    """What is known of pictures, which their captions name."""
+    infos = cache.inspect(captions)
+    if problem := cache.save(infos, captions):
+        findings.notes.append(problem)
+    return infos
 
 
 def _sound(path: str, info: PictureInfo | BrokenPicture) -> PictureInfo:
