@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from picture_folders import options_for, write_folder
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from library.training.config import parse
+from library.training.data import TrainingData
 from library.training.metadata import (
     MINIMUM_KEYS,
     DatasetFacts,
@@ -22,6 +25,7 @@ from library.training.metadata import (
     training_metadata,
 )
 from library.training.options import Options
+from library.training.provenance import Provenance
 
 # Every ss_ key that stock's train_network.py writes, whatever the data …
 STOCK_KEYS = """
@@ -87,6 +91,101 @@ def metadata(*datasets: DatasetFacts, **options: Any) -> dict[str, str]:
     return training_metadata(chosen, "sd1", RUN, datasets or [dataset()])
 
 
+COMMAND = """
+--pretrained_model_name_or_path some/model --vae some/vae --output_name cats --training_comment try
+--train_data_dir pictures --resolution 512 --face_crop_aug_range 2,4 --enable_bucket
+--network_module networks.lora --network_dim 8 --network_alpha 4 --network_dropout 0.1
+--network_args conv_dim=4 --scale_weight_norms 1 --learning_rate 1e-4 --unet_lr 2e-4
+--text_encoder_lr 5e-5 --lr_scheduler cosine --lr_warmup_steps 5% --max_train_steps 100
+--mixed_precision bf16 --gradient_checkpointing --cache_latents_to_disk --clip_skip 2
+--max_token_length 225 --seed 42 --noise_offset 0.05 --min_snr_gamma 5 --caption_dropout_rate 0.1
+"""
+EXPECTED = {
+    "ss_session_id": "123",
+    "ss_training_started_at": "1700000000.5",
+    "ss_output_name": "cats",
+    "ss_training_comment": "try",
+    "ss_learning_rate": "0.0001",
+    "ss_unet_lr": "0.0002",
+    "ss_text_encoder_lr": "5e-05",
+    "ss_lr_scheduler": "cosine",
+    "ss_lr_warmup_steps": "0.05",
+    "ss_optimizer": "library.custom_hina_adamw_optimizer.HinaAdamWOptimizer(use_agr=False)",
+    "ss_max_grad_norm": "1.0",
+    "ss_max_train_steps": "100",
+    "ss_num_epochs": "3",
+    "ss_num_batches_per_epoch": "10",
+    "ss_batch_size_per_device": "1",
+    "ss_total_batch_size": "4",
+    "ss_gradient_accumulation_steps": "1",
+    "ss_gradient_checkpointing": "True",
+    "ss_mixed_precision": "bf16",
+    "ss_full_fp16": "False",
+    "ss_fp8_base": "False",
+    "ss_fp8_base_unet": "False",
+    "ss_lowram": "False",
+    "ss_cache_latents": "True",
+    "ss_seed": "42",
+    "ss_sd_model_name": "some/model",
+    "ss_vae_name": "some/vae",
+    "ss_v2": "False",
+    "ss_base_model_version": "sd_v1",
+    "ss_clip_skip": "2",
+    "ss_max_token_length": "225",
+    "ss_network_module": "networks.lora",
+    "ss_network_dim": "8",
+    "ss_network_alpha": "4.0",
+    "ss_network_dropout": "0.1",
+    "ss_network_args": '{"conv_dim": "4", "dropout": 0.1}',
+    "ss_scale_weight_norms": "1.0",
+    "ss_noise_offset": "0.05",
+    "ss_noise_offset_random_strength": "False",
+    "ss_adaptive_noise_scale": "None",
+    "ss_multires_noise_iterations": "None",
+    "ss_multires_noise_discount": "0.3",
+    "ss_ip_noise_gamma": "None",
+    "ss_ip_noise_gamma_random_strength": "False",
+    "ss_zero_terminal_snr": "False",
+    "ss_loss_type": "l2",
+    "ss_huber_schedule": "snr",
+    "ss_huber_scale": "1.0",
+    "ss_huber_c": "0.1",
+    "ss_min_snr_gamma": "5.0",
+    "ss_debiased_estimation": "False",
+    "ss_prior_loss_weight": "1.0",
+    "ss_caption_dropout_rate": "0.1",
+    "ss_caption_dropout_every_n_epochs": "0",
+    "ss_caption_tag_dropout_rate": "0.0",
+    "ss_validation_seed": "None",
+    "ss_validation_split": "0.0",
+    "ss_max_validation_steps": "None",
+    "ss_validate_every_n_epochs": "None",
+    "ss_validate_every_n_steps": "None",
+    "ss_num_train_images": "20",
+    "ss_num_reg_images": "6",
+    "ss_num_validation_images": "0",
+    "ss_resolution": "(512, 512)",
+    "ss_face_crop_aug_range": "(2.0, 4.0)",
+    "ss_resize_interpolation": "None",
+    "ss_color_aug": "False",
+    "ss_flip_aug": "False",
+    "ss_random_crop": "False",
+    "ss_shuffle_caption": "False",
+    "ss_keep_tokens": "0",
+    "ss_enable_bucket": "True",
+    "ss_bucket_no_upscale": "False",
+    "ss_min_bucket_reso": "256",
+    "ss_max_bucket_reso": "1024",
+    "ss_dataset_dirs": '{"10_cat": {"n_repeats": 10, "img_count": 2}}',
+    "ss_reg_dataset_dirs": '{"1_animal": {"n_repeats": 1, "img_count": 6}}',
+    "ss_tag_frequency": '{"10_cat": {"cat": 2, "red": 1}}',
+    "ss_bucket_info": (
+        '{"buckets": {"0": {"resolution": [512, 512], "count": 12}, '
+        '"1": {"resolution": [512, 768], "count": 8}}, "mean_img_ar_error": 0.25}'
+    ),
+}
+
+
 class TestTrainingMetadata:
     def test_folders_give_stocks_keys(self) -> None:
         assert metadata().keys() == keys(STOCK_KEYS, FOLDER_KEYS)
@@ -95,24 +194,39 @@ class TestTrainingMetadata:
         assert metadata(dataset_config="a.toml").keys() == keys(STOCK_KEYS, CONFIG_KEYS)
 
     def test_values_are_stocks_texts(self) -> None:
-        found = metadata(network_dim=8, network_alpha=4.0, unet_lr=1e-4, full_fp16=True)
-        assert found["ss_network_dim"] == "8"
-        assert found["ss_network_alpha"] == "4.0"
-        assert found["ss_unet_lr"] == "0.0001"
-        assert found["ss_text_encoder_lr"] == "None"
-        assert found["ss_full_fp16"] == "True"
-        assert found["ss_optimizer"] == RUN.optimizer
-        assert found["ss_num_train_images"] == "20"
-        assert json.loads(found["ss_tag_frequency"]) == {"10_cat": {"cat": 2, "red": 1}}
-        assert json.loads(found["ss_dataset_dirs"]) == {"10_cat": {"n_repeats": 10, "img_count": 2}}
-        assert json.loads(found["ss_reg_dataset_dirs"]).keys() == {"1_animal"}
-        assert json.loads(found["ss_bucket_info"]) == {
-            "buckets": {
-                "0": {"resolution": [512, 512], "count": 12},
-                "1": {"resolution": [512, 768], "count": 8},
-            },
-            "mean_img_ar_error": 0.25,
-        }
+        """Of a whole command line; what is expected was read in stock's sources."""
+        found = training_metadata(parse(COMMAND.split()), "sd1", RUN, [dataset()])
+        del found["ss_sd_scripts_commit_hash"]
+        assert found == EXPECTED
+
+    @pytest.mark.parametrize(
+        ("given", "text"),
+        [
+            ({}, "None"),
+            ({"text_encoder_lr": []}, "None"),
+            ({"text_encoder_lr": [5e-5]}, "5e-05"),
+            ({"text_encoder_lr": [5e-5, 1e-5]}, "[5e-05, 1e-05]"),  # stock goes by the first alone
+        ],
+    )
+    def test_text_encoder_lr(self, given: dict[str, Any], text: str) -> None:
+        assert metadata(**given)["ss_text_encoder_lr"] == text
+
+    def test_adafactor_with_steps_of_its_own(self) -> None:
+        rates = {"learning_rate": 1e-3, "unet_lr": 1e-4, "text_encoder_lr": [1e-5]}
+        found = metadata(optimizer_type="Adafactor", lr_scheduler="cosine", **rates)
+        assert found["ss_lr_scheduler"] == "adafactor:0.001"
+        for key in ("ss_learning_rate", "ss_unet_lr", "ss_text_encoder_lr"):
+            assert found[key] == "None"
+        given = ["relative_step=False"]
+        found = metadata(optimizer_type="Adafactor", optimizer_args=given, **rates)
+        assert (found["ss_lr_scheduler"], found["ss_learning_rate"]) == ("constant", "0.001")
+
+    def test_network_args_with_the_dropout_that_stock_adds(self) -> None:
+        given = {"network_args": ["conv_dim=4"], "dim_from_weights": True}
+        assert metadata(**given)["ss_network_args"] == '{"conv_dim": "4"}'
+        given["dim_from_weights"] = False
+        assert metadata(**given)["ss_network_args"] == '{"conv_dim": "4", "dropout": null}'
+        assert "ss_network_args" not in metadata()
 
     def test_several_datasets(self) -> None:
         second = dataset(
@@ -139,11 +253,6 @@ class TestTrainingMetadata:
         assert entry["subsets"][0]["metadata_file"] == "meta.json"
         assert "is_reg" not in entry["subsets"][0]
 
-    def test_network_args_only_if_given(self) -> None:
-        assert json.loads(metadata(network_args=["conv_dim=4"])["ss_network_args"]) == {
-            "conv_dim": "4"
-        }
-
     def test_model_file_has_the_web_uis_hashes(self, tmp_path: Path) -> None:
         file = tmp_path / "model.safetensors"
         content = bytes(range(256)) * 5000
@@ -169,6 +278,21 @@ class TestTrainingMetadata:
         options = Options.from_values({"v_parameterization": v})
         found = training_metadata(options, kind, RUN, [dataset()])
         assert found["ss_base_model_version"] == version
+
+
+class TestProvenance:
+    def test_without_buckets_their_limits_are_nothing(self, tmp_path: Path) -> None:
+        write_folder(tmp_path / "2_cat", 3)
+        options = options_for(tmp_path, bucket_no_upscale=True)
+        data, _ = TrainingData.open(options)
+        facts = Provenance(options, "sd1", data, None, {}, "torch.optim.adamw.AdamW", 3, 1)
+        found = facts.metadata({"a": torch.zeros(1)}, steps=5, epoch=2)
+        assert (found["ss_steps"], found["ss_epoch"]) == ("5", "2")
+        assert found["ss_enable_bucket"] == "False"
+        assert found["ss_bucket_no_upscale"] == "False"
+        assert found["ss_min_bucket_reso"] == found["ss_max_bucket_reso"] == "None"
+        assert found["ss_bucket_info"] == "null"
+        assert found["ss_dataset_dirs"] == '{"2_cat": {"n_repeats": 2, "img_count": 3}}'
 
 
 class TestFileMetadata:

@@ -22,6 +22,8 @@ from typing import Any, Literal
 from safetensors.torch import save
 from torch import Tensor
 
+from library.optim.registry import parse_optimizer_args, relative_step
+from library.training.dataset_keys import factor_range, size
 from library.training.options import Options
 
 Kind = Literal["sd1", "sd2", "sdxl"]
@@ -125,6 +127,7 @@ def training_metadata(
     options: Options, kind: Kind, run: RunFacts, datasets: Sequence[DatasetFacts]
 ) -> dict[str, str]:
     """The `ss_*` keys that stay the same for all files of a run."""
+    options = _in_stocks_form(options)
     values: dict[str, Any] = {
         f"ss_{name}": getattr(options, name) for name in _PLAIN_OPTIONS.split()
     }
@@ -142,7 +145,7 @@ def training_metadata(
         "ss_debiased_estimation": options.debiased_estimation_loss,
     }
     if options.network_args:
-        values["ss_network_args"] = json.dumps(run.network_args)
+        values["ss_network_args"] = json.dumps(_network_args(options, run))
     if options.dataset_config:
         values |= _by_dataset(datasets)
     else:
@@ -235,6 +238,32 @@ def commit_hash() -> str:
     return run.stdout.decode("ascii").strip() or "(unknown)"
 
 
+def _in_stocks_form(options: Options) -> Options:
+    """`options` with the values that stock's own preparations make of them."""
+    changes: dict[str, Any] = {}
+    if options.resolution is not None:
+        changes["resolution"] = size(options.resolution)
+    if options.face_crop_aug_range is not None:
+        changes["face_crop_aug_range"] = factor_range(options.face_crop_aug_range)
+    rates = options.text_encoder_lr or []
+    if len(rates) < 2:  # of several stock has only the first; here all are in use
+        changes["text_encoder_lr"] = rates[0] if rates else None
+    if relative_step(options.optimizer_type, parse_optimizer_args(options.optimizer_args)):
+        # Adafactor chooses its own: the rate that was given is where its schedule begins.
+        if ":" not in options.lr_scheduler:
+            changes["lr_scheduler"] = f"adafactor:{options.learning_rate}"
+        changes |= dict.fromkeys(("learning_rate", "unet_lr", "text_encoder_lr"))
+    return options.changed(changes)
+
+
+def _network_args(options: Options, run: RunFacts) -> dict[str, Any]:
+    """`--network_args`, and the dropout that stock puts among them."""
+    arguments = dict(run.network_args)
+    if not options.dim_from_weights:
+        arguments.setdefault("dropout", options.network_dropout)
+    return arguments
+
+
 def _by_dataset(datasets: Sequence[DatasetFacts]) -> dict[str, str]:
     """The keys of a run with a dataset config: by dataset, and tags and folders of all."""
     tags: dict[str, dict[str, int]] = {}
@@ -296,8 +325,8 @@ def _bucket_info(dataset: DatasetFacts) -> dict[str, Any] | None:
     if not dataset.enable_bucket:
         return None
     buckets = {
-        index: {"resolution": size, "count": count}
-        for index, (size, count) in enumerate(dataset.bucket_counts.items())
+        index: {"resolution": bucket, "count": count}
+        for index, (bucket, count) in enumerate(dataset.bucket_counts.items())
     }
     return {"buckets": buckets, "mean_img_ar_error": dataset.mean_img_ar_error}
 
@@ -343,8 +372,8 @@ def _hashes_of_file(path: Path) -> tuple[str, str]:
 def _resolution(options: Options, kind: Kind) -> str:
     """`--resolution` as width x height, or what the kind of model is made for."""
     if options.resolution:
-        sides = [int(side) for side in str(options.resolution).split(",")]
-        return f"{sides[0]}x{sides[-1]}"
+        width, height = size(options.resolution)
+        return f"{width}x{height}"
     usual = {"sdxl": 1024, "sd2": 768 if options.v_parameterization else 512, "sd1": 512}[kind]
     return f"{usual}x{usual}"
 

@@ -63,15 +63,16 @@ class Provenance:
 
 def _dataset(pictures: PictureSet) -> DatasetFacts:
     spec = pictures.spec
+    buckets = spec.enable_bucket
     return DatasetFacts(
         batch_size_per_device=spec.batch_size,
         num_train_images=pictures.num_train_images,
         num_reg_images=pictures.regularization_found,
         resolution=spec.resolution,
-        enable_bucket=spec.enable_bucket,
-        bucket_no_upscale=spec.bucket_no_upscale,
-        min_bucket_reso=spec.min_bucket_reso,
-        max_bucket_reso=spec.max_bucket_reso,
+        enable_bucket=buckets,
+        bucket_no_upscale=buckets and spec.bucket_no_upscale,
+        min_bucket_reso=spec.min_bucket_reso if buckets else None,
+        max_bucket_reso=spec.max_bucket_reso if buckets else None,
         tag_frequency=pictures.tag_frequency(),
         bucket_counts=pictures.bucket_counts(),
         mean_img_ar_error=pictures.mean_aspect_error(),
