@@ -113,7 +113,10 @@ def assemble(
     state = load_state(Path(options.resume)) if options.resume else None
     processes = accelerator.num_processes
     start = begin(
-        options, state and state.progress, run.train_data.steps_per_epoch(processes), processes
+        options,
+        state.progress if state else None,
+        run.train_data.steps_per_epoch(processes),
+        processes,
     )
     plan = plan_run(options, start)
     options.max_train_steps = plan.steps
