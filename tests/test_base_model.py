@@ -27,6 +27,7 @@ from score_base_model import read_references, share_farther  # noqa: E402
 MODEL = ROOT / "assets" / "base_model"
 QUICKSTART = ROOT / "configs" / "quickstart"
 
+
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline.from_pretrained(

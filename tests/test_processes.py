@@ -92,7 +92,14 @@ accelerator.end_training()  # as the trainer does: without it gloo may abort the
 """
     )
     finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(script),
+        ],
         env=environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -126,7 +133,14 @@ accelerator.end_training()
 """
     )
     finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(script),
+        ],
         env=environment() | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "True"},
         capture_output=True,
         text=True,

@@ -56,6 +56,6 @@ def test_colours_give_way_to_ink(tmp_path: Path) -> None:
     assert {"ink-style.safetensors", "report.html"} <= {file.name for file in files}
     pictures = [file for file in files if file.parent.name == "sample"]
     first = [picture for picture in pictures if "_000000_" in picture.name]
-    last = [picture for picture in pictures if "_000120_" in picture.name]
+    last = [picture for picture in pictures if "_000080_" in picture.name]
     assert len(first) == len(last) == 6
     assert saturation(last) < 0.5 * saturation(first)

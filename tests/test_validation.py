@@ -89,7 +89,14 @@ each.accelerator.end_training()
     )
     folders = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(script),
+        ],
         env=environment() | {"PYTHONPATH": folders, "ACCELERATE_USE_CPU": "True"},
         capture_output=True,
         text=True,
