@@ -10,7 +10,9 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from torch import Tensor
 
+from library.training.errors import UserError
 from library.training.options import Options
 
 log = logging.getLogger(__name__)
@@ -19,13 +21,38 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 def make_accelerator(options: Options) -> Accelerator:
-    """Accelerate's view of this process."""
+    """Accelerate's view of this process. UserError if it should be one of several and is alone."""
     _join_processes(options)
-    return Accelerator(
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and PartialState().num_processes == 1:
+        raise UserError(
+            f"{started} processes were started, and each would train alone: without a GPU "
+            "accelerate joins them only if it is told to use processors. Start them with "
+            f"accelerate launch --num_processes {started} --cpu, or set ACCELERATE_USE_CPU=True."
+        )
+    accelerator = Accelerator(
         # Accumulation is the loop's: it knows how many batches the last step of an epoch has.
         gradient_accumulation_steps=1,
         mixed_precision=options.mixed_precision,
     )
+    if options.full_fp16 and accelerator.scaler is not None:
+        take_float16_gradients(accelerator.scaler)
+    return accelerator
+
+
+def take_float16_gradients(scaler: torch.amp.GradScaler) -> None:
+    """Let a gradient scaler unscale float16 gradients: with `--full_fp16` there are no others.
+
+    PyTorch refuses them (seen in 2.13) because the unscaled ones may underflow; stock takes them.
+    """
+    unscale = scaler._unscale_grads_
+
+    def unscale_any(
+        optimizer: torch.optim.Optimizer, inverse_scale: Tensor, found_inf: Tensor, _: bool
+    ) -> dict[torch.device, Tensor]:
+        return unscale(optimizer, inverse_scale, found_inf, True)
+
+    scaler._unscale_grads_ = unscale_any  # type: ignore[method-assign]
 
 
 def shared_seed(options: Options) -> int:

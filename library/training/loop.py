@@ -186,7 +186,7 @@ class Loop:
             self._sample(epoch=None)
         if self._validation_due(self.options.validate_every_n_steps, step):
             self._validate(epoch + 1)
-        self._save(lambda: self.checkpoints.at_step(step, epoch + 1))
+        self._save(lambda: self.checkpoints.at_step(step, epoch))
         if not ends_epoch and step < self.options.max_train_steps:
             return
         # The last step ends its epoch in any case, as in stock.
