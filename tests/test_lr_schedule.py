@@ -177,6 +177,10 @@ def test_adafactor_reports_its_own_rate() -> None:
         ({"lr_scheduler": "cosin"}, "Did you mean 'cosine'?"),
         ({"lr_scheduler": "cosine:3"}, "no such schedule"),
         ({"lr_scheduler": "adafactor:fast", "optimizer_type": "Adafactor"}, "adafactor:1e-4"),
+        (
+            {"lr_scheduler": "adafactor", "optimizer_type": "torch.optim.Adafactor"},
+            "for --optimizer_type Adafactor only",
+        ),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "constant_with_warmup"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "--lr_scheduler_min_lr_ratio"),
         ({"lr_scheduler": "piecewise_constant"}, "step_rules"),

@@ -52,7 +52,7 @@ def take_float16_gradients(scaler: torch.amp.GradScaler) -> None:
     ) -> dict[torch.device, Tensor]:
         return unscale(optimizer, inverse_scale, found_inf, True)
 
-    scaler._unscale_grads_ = unscale_any  # type: ignore[method-assign]
+    scaler._unscale_grads_ = unscale_any  # type: ignore[assignment]
 
 
 def shared_seed(options: Options) -> int:

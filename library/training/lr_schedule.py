@@ -16,6 +16,7 @@ from typing import Any
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from library.optim.registry import resolve
 from library.optim.spelling import did_you_mean
 from library.training.errors import UserError
 from library.training.options import Options
@@ -188,7 +189,7 @@ def _check_named(options: Options, arguments: dict[str, Any]) -> list[str]:
     if options.lr_warmup_steps and "lr_warmup_steps" not in SCHEDULES[name]:
         other = ", or take constant_with_warmup" if name == "constant" else ""
         problems.append(f"{what} has no warm-up: leave --lr_warmup_steps out{other}")
-    if name == "adafactor" and "adafactor" not in options.optimizer_type.lower():
+    if name == "adafactor" and not _is_adafactor(options.optimizer_type):
         problems.append(f"{what} is for --optimizer_type Adafactor only")
     if name == "piecewise_constant" and "step_rules" not in arguments:
         example = "step_rules='1:100,0.1:200,0.01'"
@@ -198,6 +199,14 @@ def _check_named(options: Options, arguments: dict[str, Any]) -> list[str]:
         if not minimum and not {"min_lr", "min_lr_rate"} & set(arguments):
             problems.append(f"{what} needs --lr_scheduler_min_lr_ratio")
     return problems
+
+
+def _is_adafactor(optimizer_type: str) -> bool:
+    """Whether it is transformers' Adafactor; a name that is none is complained of elsewhere."""
+    try:
+        return resolve(optimizer_type).adafactor
+    except ValueError:
+        return True
 
 
 def _schedule_name(lr_scheduler: str) -> str:
