@@ -12,6 +12,7 @@ from runs import ROOT, same_weights, words, write_dataset
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import sdxl_train_network
 import train_network
 
 pytestmark = pytest.mark.slow
@@ -172,6 +173,21 @@ def test_stock_optimizers_train_and_resume(tmp_path: Path, optimizer: str) -> No
     state = tmp_path / "whole-step00000003-state"
     assert run(tmp_path, output_name="rest", max_train_steps=6, resume=state, **options) == 0
     assert same_weights(tmp_path / "whole.safetensors", tmp_path / "rest.safetensors")
+
+
+def test_sdxl_trains_and_draws(tmp_path: Path, tiny_sdxl: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat --w 64 --h 64 --s 2\n")
+    options = {"pretrained_model_name_or_path": tiny_sdxl, "mixed_precision": "bf16"}
+    options |= {"sample_prompts": prompts, "sample_every_n_steps": 4}
+    dataset = write_dataset(tmp_path / "data")
+    command = words(dataset_config=dataset, output_dir=tmp_path, **options)
+    assert sdxl_train_network.main(command) == 0
+    trained = load_file(tmp_path / "short.safetensors")
+    for part in ("lora_unet_", "lora_te1_", "lora_te2_"):
+        ups = [w for name, w in trained.items() if part in name and "lora_up" in name]
+        assert any(up.any() for up in ups)
+    assert len(list((tmp_path / "sample").glob("short_000004_*.png"))) == 1
 
 
 def test_report_and_curves_are_left_beside_the_adapter(tmp_path: Path) -> None:
