@@ -112,3 +112,10 @@ def test_nothing_left_to_do() -> None:
     for progress in (saved(400, 8, 0), saved(450, 9, 0)):
         with pytest.raises(UserError, match="nothing is left to do"):
             plan_run(options(), begin(options(), progress, 50, 1))
+
+
+def test_a_place_inside_a_step_goes_back_to_its_beginning() -> None:
+    chosen = options(gradient_accumulation_steps=4)
+    start = begin(chosen, saved(307, 6, 7), 50, 1)
+    assert place(start) == (307, 6, 4)
+    assert plan_run(chosen, start) == Plan(13, 400, 14)  # 12 steps of this epoch, then 81

@@ -25,6 +25,7 @@ from library.training.state import (
     random_state,
     restore_random_state,
     save_state,
+    saved_progress,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -193,3 +194,13 @@ def test_a_state_is_recovered_where_it_is_looked_up(tmp_path: Path) -> None:
     options = Options(resume=str(path))
     assert not [line for line in run_problems(options, sdxl=False) if "--resume" in line]
     assert load_state(path).progress.step == 7
+
+
+def test_the_place_is_known_also_of_a_state_that_stood_aside(tmp_path: Path) -> None:
+    path = tmp_path / "x-state"
+    save_state(path, make_state())
+    path.rename(tmp_path / ".x-state.old")  # where a kill between two renames leaves it
+    progress = saved_progress(path)
+    assert progress is not None
+    assert progress.step == 7
+    assert saved_progress(tmp_path / "none-state") is None

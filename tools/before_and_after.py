@@ -17,11 +17,15 @@ from library.training.prompts import read_prompts
 
 
 def drawings(folder: Path) -> list[list[Path]]:
-    """The sample pictures of a run by step, in the prompts' order: `NAME_STEP_INDEX_TIME_SEED`."""
-    by_step: dict[str, list[Path]] = defaultdict(list)
+    """The sample pictures of a run by step, in the prompts' order: `NAME_STEP_INDEX_TIME_SEED`.
+
+    Of several runs in one folder those of the last.
+    """
+    newest: dict[str, dict[str, Path]] = defaultdict(dict)
     for picture in sorted((folder / "sample").glob("*_[0-9]*_[0-9][0-9]_*.png")):
-        by_step[picture.stem.split("_")[-4]].append(picture)
-    return [by_step[step] for step in sorted(by_step)]
+        step, index = picture.stem.split("_")[-4:-2]
+        newest[step][index] = picture
+    return [list(newest[step].values()) for step in sorted(newest)]
 
 
 def main() -> None:

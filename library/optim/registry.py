@@ -309,6 +309,12 @@ def relative_step(optimizer_type: str, kwargs: Mapping[str, Any]) -> bool:
     return bool(kwargs.get("relative_step", True) or kwargs.get("warmup_init", False))
 
 
+def import_path(optimizer_type: str) -> str:
+    """The class that `--optimizer_type` stands for, whatever name it was given by."""
+    cls = resolve(optimizer_type).load()
+    return f"{cls.__module__}.{cls.__name__}"
+
+
 def create_optimizer(
     optimizer_type: str,
     params: Sequence[Any],
@@ -340,8 +346,8 @@ def create_optimizer(
     train = getattr(optimizer, "train", None)
     if callable(train):
         train()
-    path = f"{cls.__module__}.{cls.__name__}"
-    return path, ",".join(f"{key}={value}" for key, value in given.items()), optimizer
+    arguments = ",".join(f"{key}={value}" for key, value in given.items())
+    return import_path(optimizer_type), arguments, optimizer
 
 
 def _without_lr(params: Sequence[Any]) -> Sequence[Any]:

@@ -55,11 +55,11 @@ def take_float16_gradients(scaler: torch.amp.GradScaler) -> None:
     scaler._unscale_grads_ = unscale_any  # type: ignore[assignment]
 
 
-def shared_seed(options: Options) -> int:
-    """The run's seed: `--seed`, or one drawn by chance, the same in every process."""
+def shared_seed(options: Options, saved: int | None = None) -> int:
+    """The run's seed, the same in every process: `--seed`, that of a state, or one by chance."""
     if options.seed is not None:
         return options.seed
-    drawn = [random.getrandbits(31)]
+    drawn = [random.getrandbits(31) if saved is None else saved]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _join_processes(options)  # so that they can agree
         broadcast_object_list(drawn)

@@ -77,6 +77,7 @@ def inspect_all(paths: Iterable[str]) -> dict[str, PictureInfo | BrokenPicture]:
             unit="picture",
             delay=1,
             leave=False,
+            disable=os.environ.get("RANK", "0") != "0",
         )
         return dict(zip(every, infos, strict=True))
 

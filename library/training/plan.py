@@ -48,6 +48,8 @@ def begin(options: Options, saved: Progress | None, batches: int, num_processes:
             "and noise are others than they would have been",
             *(progress.seed, options.seed),
         )
+    # Another accumulation may put the place inside a step: it is begun anew.
+    progress.index -= progress.index % options.gradient_accumulation_steps
     per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
     first = options.initial_step
     if first is None and options.initial_epoch is not None:

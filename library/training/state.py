@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.training.errors import UserError
-from library.training.files import write_folder_atomically
+from library.training.files import recover_folder, write_folder_atomically
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -114,12 +114,16 @@ def load_state(path: Path) -> TrainingState:
     )
 
 
-def saved_seed(path: Path) -> int | None:
-    """The seed of the run that wrote the state at `path`; None if that is no readable state."""
-    if check_state(path):
+def saved_progress(path: Path) -> Progress | None:
+    """Where the run stood that wrote the state at `path`; None if that is no readable state.
+
+    What is wrong with one, `check_state` says.
+    """
+    recover_folder(path)
+    try:
+        return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return None
-    seed: int = json.loads((path / "progress.json").read_text(encoding="utf-8"))["seed"]
-    return seed
 
 
 def check_state(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from library.optim.registry import create_optimizer
+from library.optim.registry import create_optimizer, import_path
 from library.optim.telemetry import optimizer_summary
 from library.training.accelerator import make_accelerator, shared_seed, weight_dtype
 from library.training.checkpoints import Checkpoints
@@ -33,7 +33,8 @@ from library.training.processes import broadcast_parameters
 from library.training.provenance import Provenance
 from library.training.report import Report
 from library.training.sampling import Sampler, read_prompts
-from library.training.state import load_state, saved_seed
+from library.training.settle import settle
+from library.training.state import Progress, load_state, saved_progress
 from library.training.text import TextEncoding
 from library.training.validation import Validation
 
@@ -50,11 +51,10 @@ class NetworkTrainer:
 
         Raises UserError for what the user can mend, most of it before the model is loaded.
         """
-        options = args if isinstance(args, Options) else Options.from_namespace(args)
+        options = settle(Options.from_namespace(args))
         setup_logging(options)
-        if options.seed is None and options.resume:
-            options.seed = saved_seed(Path(options.resume))
-        options.seed = shared_seed(options)
+        saved = saved_progress(Path(options.resume)) if options.resume else None
+        options.seed = shared_seed(options, saved.seed if saved else None)
         run = check(options, sdxl=self.sdxl)
         options = run.options
         for note in run.notes:
@@ -64,12 +64,13 @@ class NetworkTrainer:
                 print(line)
             return True
         accelerator = make_accelerator(options)
+        start, plan = plan_from(saved, run, accelerator.num_processes)
         set_seed((options.seed or 0) % 2**32)  # NumPy takes no larger one
         model = load_model(options, self.sdxl, weight_dtype(options), accelerator.device)
         prepare_data(run, model, accelerator)
         adapter = build_adapter(options, model)
         adapter.network.to(accelerator.device)
-        loop = assemble(run, model, adapter, accelerator)
+        loop = assemble(run, plan, start, model, adapter, accelerator)
         with Interrupt() as interrupt:
             finished = loop.run(interrupt)
             finish(loop)
@@ -105,22 +106,37 @@ def prepare_data(run: CheckedRun, model: DiffusionModel, accelerator: Accelerato
         model.vae.to("cpu")  # the sampler takes it back for as long as it draws
 
 
-def assemble(
-    run: CheckedRun, model: DiffusionModel, adapter: Adapter, accelerator: Accelerator
-) -> Loop:
-    """Put the parts of a run together, and bring them to where `--resume` left them."""
+def plan_from(saved: Progress | None, run: CheckedRun, processes: int) -> tuple[Progress, Plan]:
+    """Where the run begins, and how long it is; it is known then to `run.options` too.
+
+    UserError if nothing is left to do, or if the state is that of another optimizer.
+    """
     options = run.options
-    state = load_state(Path(options.resume)) if options.resume else None
-    processes = accelerator.num_processes
-    start = begin(
-        options,
-        state.progress if state else None,
-        run.train_data.steps_per_epoch(processes),
-        processes,
-    )
+    optimizer = import_path(options.optimizer_type)
+    if saved is not None and saved.optimizer != optimizer:
+        raise UserError(
+            f"--resume: the state holds that of the optimizer {saved.optimizer}, and "
+            f"--optimizer_type {options.optimizer_type} is {optimizer}. Resume with the same "
+            "one, or start from the adapter's file: --network_weights."
+        )
+    start = begin(options, saved, run.train_data.steps_per_epoch(processes), processes)
+    start.optimizer = optimizer
     plan = plan_run(options, start)
     options.max_train_steps = plan.steps
     log.info("%s", describe(plan, run, processes))
+    return start, plan
+
+
+def assemble(
+    run: CheckedRun,
+    plan: Plan,
+    start: Progress,
+    model: DiffusionModel,
+    adapter: Adapter,
+    accelerator: Accelerator,
+) -> Loop:
+    """Put the parts of a run together, and bring them to where `--resume` left them."""
+    options = run.options
     parameters = [p for group in adapter.groups for p in group["params"]]
     broadcast_parameters(parameters, accelerator)
     optimizer_path, arguments, optimizer = create_optimizer(
@@ -128,13 +144,6 @@ def assemble(
     )
     optimizer_text = f"{optimizer_path}({arguments})" if arguments else optimizer_path
     log.info("optimizer: %s", optimizer_text)
-    if state is not None and start.optimizer != optimizer_path:
-        raise UserError(
-            f"--resume: the state holds that of the optimizer {start.optimizer}, and "
-            f"--optimizer_type {options.optimizer_type} is {optimizer_path}. Resume with the same "
-            "one, or start from the adapter's file: --network_weights."
-        )
-    start.optimizer = optimizer_path
     for line in optimizer_summary(optimizer):
         log.info("%s", line)
     loop = Loop(
@@ -158,8 +167,8 @@ def assemble(
         plan=plan,
         progress=start,
     )
-    if state is not None:
-        loop.restore(state)
+    if options.resume:
+        loop.restore(load_state(Path(options.resume)))
         log.info("resumed %s: going on after step %d", options.resume, start.step)
     loop.checkpoints = _checkpoints(loop, run, model.kind, optimizer_text)
     loop.sampler = _sampler(loop, model)
