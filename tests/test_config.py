@@ -63,6 +63,9 @@ class TestConfigFile:
     def test_a_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"there is no file .*nowhere\.toml"):
             parse(["--config_file", str(tmp_path / "nowhere")])
+        (tmp_path / "quickstart.toml").touch()
+        with pytest.raises(UserError, match=r"Did you mean .*/quickstart\.toml\?"):
+            parse(["--config_file", str(tmp_path / "quickstart.tml")])
 
     def test_a_syntax_error_has_file_line_and_column(self, tmp_path: Path) -> None:
         file = write(tmp_path / "run.toml", "seed = 1\nnetwork_dim = = 4\n")

@@ -49,7 +49,9 @@ def read_config_file(
     """
     path = config_path(name)
     if not path.is_file():
-        raise UserError(f"--config_file {name}: there is no file {path}.")
+        there = [file.name for file in path.parent.glob("*.toml")]
+        hint = did_you_mean(path.name, there, f"{path.parent / '{}'}")
+        raise UserError(f"--config_file {name}: there is no file {path}.{hint}")
     values: dict[str, Any] = {}
     problems: list[str] = []
     notes: list[str] = []
