@@ -13,8 +13,6 @@ import numpy as np
 from PIL import Image
 from score_base_model import sheet
 
-from library.training.prompts import read_prompts
-
 
 def drawings(folder: Path) -> list[list[Path]]:
     """The sample pictures of a run by step, in the prompts' order: `NAME_STEP_INDEX_TIME_SEED`.
@@ -36,7 +34,10 @@ def main() -> None:
     args = parser.parse_args()
 
     steps = drawings(args.folder)
-    captions = [prompt.text for prompt in read_prompts(args.prompts)]
+    if not steps:
+        parser.error(f"{args.folder} has no sample pictures; is it a run's --output_dir?")
+    lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    captions = [line.split(" --")[0] for line in lines if line and not line.startswith("#")]
     first, last = (
         np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
         for files in (steps[0], steps[-1])
