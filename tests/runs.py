@@ -106,6 +106,21 @@ def train(**options: object) -> subprocess.CompletedProcess[str]:
     return finished
 
 
+def run_twice(script: Path, **variables: str) -> None:
+    """Run a script in two processes that torchrun starts; both must succeed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finished = subprocess.run(
+        [*launch, str(script)],
+        env=environment()
+        | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+        | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
 def same_weights(left: Path, right: Path) -> bool:
     """Whether two adapter files hold the same tensors, bit for bit."""
     a: dict[str, Tensor] = load_file(left)

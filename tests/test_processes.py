@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, environment, same_weights, train, words, write_dataset
+from runs import ROOT, environment, run_twice, same_weights, train, words, write_dataset
 from safetensors.torch import load_file
 
 from library.training.cpu_processes import processes_asked_for
@@ -91,21 +91,7 @@ assert half.grad.dtype == torch.bfloat16 and half.grad.tolist() == [0.5] * 3, ha
 accelerator.end_training()  # as the trainer does: without it gloo may abort the interpreter's exit
 """
     )
-    finished = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(script),
-        ],
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    run_twice(script)
 
 
 @pytest.mark.parametrize(("seed", "minutes"), [(None, 7), (1, 10)])
@@ -132,21 +118,7 @@ assert waits == timedelta(minutes={minutes}), waits
 accelerator.end_training()
 """
     )
-    finished = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(script),
-        ],
-        env=environment() | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "True"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    run_twice(script, ACCELERATE_USE_CPU="True")
 
 
 @pytest.mark.parametrize(

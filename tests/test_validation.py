@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from picture_folders import options_for, write_folder
-from runs import ROOT, environment
+from runs import run_twice
 
 from library.training.data import TrainingData
 from library.training.samples import Batch
@@ -87,19 +84,4 @@ assert abs(loss - expected(each)) < 1e-5, (loss, expected(each))
 each.accelerator.end_training()
 """
     )
-    folders = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    finished = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(script),
-        ],
-        env=environment() | {"PYTHONPATH": folders, "ACCELERATE_USE_CPU": "True"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    run_twice(script, ACCELERATE_USE_CPU="True")
