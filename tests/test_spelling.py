@@ -11,6 +11,7 @@ KNOWN = ("HinaAdamW", "Lion", "network_dim")
     ("word", "meant"),
     [
         ("hinaadamw", "HinaAdamW"),
+        ("LION", "Lion"),
         ("HinaAdaW", "HinaAdamW"),
         ("network-dims", "network_dim"),
         ("Prodigy", None),
