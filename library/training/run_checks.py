@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def run_problems(options: Options, sdxl: bool) -> Iterator[str]:
     """What stands in the way of the run: its model, adapter, schedule, prompts, logs and state."""
+    from library.training.files import recover_folder
     from library.training.lr_schedule import check_lr_scheduler
     from library.training.model_files import check_model_path
     from library.training.network_check import check_network
@@ -30,7 +31,9 @@ def run_problems(options: Options, sdxl: bool) -> Iterator[str]:
     yield from check_lr_scheduler(options)
     yield from _prompts(options)
     yield from check_logging(options)
-    yield from check_state(Path(options.resume)) if options.resume else []
+    if options.resume:
+        recover_folder(Path(options.resume))
+        yield from check_state(Path(options.resume))
     yield from _gpu(options)
 
 
