@@ -112,9 +112,11 @@ seed = shared_seed(options)
 accelerator = make_accelerator(options)
 assert accelerator.num_processes == 2
 assert gather(seed, accelerator) == [seed, seed]
-group = torch.distributed.group.WORLD
-waits = group._get_backend(torch.device("cpu")).options._timeout
-assert waits == timedelta(minutes={minutes}), waits
+
+def waits():  # a name that held the group would keep gloo's threads alive into the exit: an abort
+    return torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+
+assert waits() == timedelta(minutes={minutes}), waits()
 accelerator.end_training()
 """
     )
