@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,13 @@ def measure_speed(arguments: argparse.Namespace) -> Result:
     keys = [contender.key for contender in CONTENDERS if contender.on_gpu or not on_gpu]
     contenders = chosen(arguments, keys)
     shapes = sdxl_lora(arguments.modules)
-    results = compare_all(contenders, shapes, arguments)
     parameters = size_of(shapes)
     print(f"{len(shapes)} tensors, {parameters / 1e6:.1f} M parameters, float32\n")
     head = ["optimizer", "ms", "× fused AdamW", "quartiles", "state B/param", "held B/param"]
-    rows = []
-    for result in results:
+    print_head([*head, *(["kernels", "copies"] if on_gpu else [])])
+    results = []
+    for result in compare_all(contenders, shapes, arguments):
+        results.append(result)
         row = [f"{result['label']} {result['version']}".strip()]
         if result["obstacle"]:
             row += [result["obstacle"], *[""] * 4]
@@ -151,8 +153,8 @@ def measure_speed(arguments: argparse.Namespace) -> Result:
             row += [f"{result['state_bytes']:.2f}", f"{result['held_bytes']:.2f}"]
         if on_gpu:
             row += [str(result.get("kernels", "")), str(result.get("copies", ""))]
-        rows.append(row)
-    print_table([*head, *(["kernels", "copies"] if on_gpu else [])], rows)
+        print_row(row)
+    print()
     return {
         "workload": {"tensors": len(shapes), "parameters": parameters, "dtype": "float32"},
         "optimizers": results,
@@ -161,12 +163,11 @@ def measure_speed(arguments: argparse.Namespace) -> Result:
 
 def compare_all(
     contenders: list[Contender], shapes: Shapes, arguments: argparse.Namespace
-) -> list[Result]:
+) -> Iterator[Result]:
     """The figures of each one that can run; of the others, why not."""
     workload = Workload(shapes, arguments.device)
     plan = plan_of(arguments)
     reference = warm_reference(workload, plan)
-    results = []
     for contender in contenders:
         obstacle = contender.obstacle()
         result = {
@@ -179,8 +180,7 @@ def compare_all(
         if obstacle is None:
             print(f"measuring {contender.label}", file=sys.stderr, flush=True)
             result |= compare(contender, reference, workload, plan).as_dict()
-        results.append(result)
-    return results
+        yield result
 
 
 def measure_scaling(arguments: argparse.Namespace) -> list[Result]:
@@ -190,7 +190,7 @@ def measure_scaling(arguments: argparse.Namespace) -> list[Result]:
     by_size = []
     for size in sizes:
         shapes = sdxl_lora_of_size(1e6 * size)
-        by_size.append((size_of(shapes), compare_all(contenders, shapes, arguments)))
+        by_size.append((size_of(shapes), list(compare_all(contenders, shapes, arguments))))
     counts = [count for count, _ in by_size]
     scaling = []
     for results in zip(*(results for _, results in by_size), strict=True):
@@ -228,7 +228,7 @@ def measure_tensors(arguments: argparse.Namespace) -> list[Result]:
     total = size_of(sdxl_lora(arguments.modules))
     contenders = chosen(arguments, [REFERENCE.key, "hina", "hina-adamw"])
     by_count = [
-        compare_all(contenders, lora_in_tensors(count, total), arguments) for count in counts
+        list(compare_all(contenders, lora_in_tensors(count, total), arguments)) for count in counts
     ]
     tensors, rows = [], []
     for results in zip(*by_count, strict=True):
@@ -306,11 +306,20 @@ def ratio_cells(result: Result) -> list[str]:
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """A Markdown table; all columns but the first are of figures, so to the right."""
-    print(f"| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
+    print_head(head)
     for row in rows:
-        print(f"| {' | '.join(row)} |")
-    print(flush=True)
+        print_row(row)
+    print()
+
+
+def print_head(head: list[str]) -> None:
+    """Of a Markdown table; all columns but the first are of figures, so to the right."""
+    print_row(head)
+    print(f"|---|{'---:|' * (len(head) - 1)}", flush=True)
+
+
+def print_row(row: list[str]) -> None:
+    print(f"| {' | '.join(row)} |", flush=True)
 
 
 def draw(told: Result) -> str:

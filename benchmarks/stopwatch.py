@@ -20,8 +20,8 @@ from workload import Workload
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure one optimizer: `rounds` at most, `least` at least, and between the two
-    until `seconds` are over; all after `warmup` steps that do not count."""
+    """How long to measure one optimizer: `rounds` at most, and no more than `seconds`, but `least`
+    rounds if four times as long is enough for them; all after `warmup` steps that do not count."""
 
     warmup: int = 3
     rounds: int = 60
@@ -143,7 +143,8 @@ def compare(contender: Contender, reference: Runner, workload: Workload, plan: P
     reference_times: list[float] = []
     started = time.perf_counter()
     while len(times) < plan.rounds:
-        if len(times) >= plan.least and time.perf_counter() - started > plan.seconds:
+        patience = plan.seconds * (1 if len(times) >= plan.least else 4)
+        if times and time.perf_counter() - started > patience:
             break
         if len(times) % 2:
             times.append(runner.step())
