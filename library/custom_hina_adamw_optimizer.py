@@ -80,6 +80,8 @@ class HinaAdamWOptimizer(ChainOptimizer):
         min_8bit_size: tensors with fewer elements keep float32 state.
         bf16_rounding: `stochastic` or `nearest`, for bfloat16 and float16 parameters.
         nonfinite: `raise` on NaN or infinity in a gradient, or `skip` the step.
+        backend: `auto` runs the step as machine code where there is a C++ compiler, `compiled`
+            insists on it, `eager` never does.
 
     Raises:
         OptimizerArgumentError: (a ValueError) an impossible value; says what is allowed.
@@ -126,6 +128,7 @@ class HinaAdamWOptimizer(ChainOptimizer):
         min_8bit_size: int = 4096,
         bf16_rounding: Literal["stochastic", "nearest"] = "stochastic",
         nonfinite: Literal["raise", "skip"] = "raise",
+        backend: Literal["auto", "compiled", "eager"] = "auto",
     ) -> None:
         given = {key: plain(value) for key, value in locals().items() if key in self.RULES}
         self.validate(**given)
@@ -153,6 +156,7 @@ class HinaAdamWOptimizer(ChainOptimizer):
             min_8bit_size=given["min_8bit_size"],
             bf16_rounding=bf16_rounding,
             nonfinite=nonfinite,
+            backend=backend,
         )
         if use_grams and use_cautious:
             logger.info("HinaAdamW: with use_grams on, use_cautious masks nothing.")
@@ -185,6 +189,7 @@ class HinaAdamWOptimizer(ChainOptimizer):
                 "min_8bit_size": self.min_8bit_size,
                 "bf16_rounding": self.bf16_rounding,
                 "nonfinite": self.nonfinite,
+                "backend": self.backend,
                 "nonfinite_skipped_steps": self.skipped_steps,
             },
             "lora_stats": {

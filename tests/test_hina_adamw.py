@@ -73,6 +73,7 @@ def test_defaults_are_the_specified_ones():
         "min_8bit_size": 4096,
         "bf16_rounding": "stochastic",
         "nonfinite": "raise",
+        "backend": "auto",
     }
     assert set(HinaAdamWOptimizer.RULES) == set(defaults)
 
@@ -100,6 +101,7 @@ def test_defaults_are_the_specified_ones():
         ("min_8bit_size", 2.5),
         ("bf16_rounding", "up"),
         ("nonfinite", "ignore"),
+        ("backend", "fast"),
     ],
 )
 def test_impossible_values_are_named(argument, value):
@@ -222,14 +224,15 @@ class Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_synchronises_once():
+@pytest.mark.parametrize(("backend", "reads"), [("compiled", 0), ("eager", 1)])
+def test_a_step_reads_no_values_but_to_check_gradients(backend, reads):
     params = lokr_parameters(torch.bfloat16)
-    optimizer = HinaAdamWOptimizer(params.items(), use_orthogonal_grad=True)
+    optimizer = HinaAdamWOptimizer(params.items(), use_orthogonal_grad=True, backend=backend)
     for seed in range(3):
         set_gradients(params, seed)
         with Synchronisations() as seen:
             optimizer.step()
-        assert seen.count == 1
+        assert seen.count == reads
 
 
 def test_parameters_without_gradient_stay_as_they_are():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
-from library.optim import rounding, state
+from library.optim import state
 from library.optim.layout import BLOCK, layout_of
 
 ROOT = Path(__file__).parent.parent
@@ -255,13 +255,15 @@ def test_precision_converts_with_a_log_line(before, after, caplog):
         kept = dict(optimizer.state[large])
         assert ("exp_avg_scale" in kept) == optimizer.uses_8bit(large)
         for name, kind in (("exp_avg", "signed"), ("exp_avg_sq", "positive")):
-            matrix = layout_of((large.numel(),), CPU).gather([kept[name]], kept[name].dtype)
-            if optimizer.uses_8bit(large):
-                matrix = state.decode(matrix, kept[f"{name}_scale"], kind)
+            coded = optimizer.uses_8bit(large)
+            dtype = torch.int32 if coded else torch.float32
+            matrix = layout_of((large.numel(),), CPU).gather([kept[name]], dtype)
+            if coded:
+                matrix = state.decode(matrix, kept[f"{name}_scale"][:, None], kind)
             moment[name, optimizer] = matrix
     for name in ("exp_avg", "exp_avg_sq"):
         one, other = moment[name, first], moment[name, second]
-        assert (one - other).abs().max() <= 0.01 * one.abs().max()
+        assert ((one - other).abs() <= 0.07 * one.abs() + 1e-5 * one.abs().max()).all()
     train(second, params, range(20, 22))
 
 
@@ -326,64 +328,14 @@ def test_layout_gathers_splits_and_sums(some):
     assert matrix.shape == (sum(-(-size // BLOCK) for size in some), BLOCK)
     pieces = layout.split(matrix, [tensor.shape for tensor in tensors])
     assert all(map(torch.equal, pieces, tensors))
-    (sums,) = layout.sum(matrix)
+    sums = layout.sum(matrix)
     assert sums.tolist() == pytest.approx([tensor.sum().item() for tensor in tensors], rel=1e-6)
-    positions = layout.split(layout.position, [tensor.shape for tensor in tensors])
-    assert all(torch.equal(got, torch.arange(len(got))) for got in positions)
+    ends = [torch.arange(-(-size // BLOCK)) for size in some]
+    assert layout.block.tolist() == torch.cat(ends).tolist()
 
 
 def test_sums_of_large_tensors_are_exact_to_float32():
     x = torch.full((3_000_000,), 0.1)
     layout = layout_of((x.numel(),), CPU)
-    (total,) = layout.sum(layout.gather([x], torch.float32))
+    total = layout.sum(layout.gather([x], torch.float32))
     assert total.item() == pytest.approx(x.double().sum().item(), rel=3e-7)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0, 6), st.sampled_from(["signed", "positive"]))
-def test_codes_are_near_and_never_lose_a_positive(seed, spread, kind):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(3, BLOCK, generator=generator).mul(spread).exp() * 1e-8
-    x = x * torch.randn(3, BLOCK, generator=generator).sign() if kind == "signed" else x
-    x[1, 5] = 0
-    codes, scale = state.encode(x, kind, torch.rand(3, BLOCK, generator=generator))
-    back = state.decode(codes, scale, kind)
-    assert codes.element_size() == 1
-    assert back[1, 5] == 0
-    # Not further than from one code to the next.
-    power, codes_of_one = (2, 127.0) if kind == "signed" else (4, 255.0)
-    scale = scale[:, None]
-    low = (x.abs() / scale).pow(1 / power).mul(codes_of_one).floor()
-    gap = ((low + 1) ** power - low**power) / codes_of_one**power
-    assert ((back - x).abs() <= 1.001 * gap * scale).all()
-    if kind == "positive":
-        assert (back[x > 0] > 0).all()
-    again = state.decode(*state.encode(back, kind), kind)
-    assert torch.allclose(again, back, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["signed", "positive"])
-def test_stochastic_codes_are_unbiased(kind):
-    x = torch.rand(4, BLOCK, generator=torch.Generator().manual_seed(0)) ** 4
-    keys = torch.tensor([[7]], dtype=torch.int32)
-    position = torch.arange(x.numel(), dtype=torch.int32).view_as(x)
-    total = torch.zeros_like(x)
-    for step in range(400):
-        noise = next(rounding.uniforms(position, keys, step))
-        total += state.decode(*state.encode(x, kind, noise), kind)
-    assert (total / 400 - x).mean().abs() < 1e-4
-    assert (total / 400 - x).abs().max() < 5e-3
-
-
-def test_a_slow_average_does_not_stand_still():
-    """β₂ = 0.999 moves v by less than a code a step: rounded to nearest it would not move."""
-    layout = layout_of((2560,), CPU)
-    keys = torch.tensor([[7]], dtype=torch.int32)
-    held = state.encode(torch.ones(10, BLOCK), "positive")
-    for step in range(1000):
-        v = 0.999 * state.decode(*held, "positive")
-        v[:, 0] = 1.0  # keeps the block's scale
-        held = state.encode(v, "positive", next(rounding.uniforms(layout.position, keys, step)))
-    assert state.decode(*held, "positive")[:, 1:].mean().item() == pytest.approx(
-        0.999**1000, rel=0.05
-    )

@@ -2,28 +2,50 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from library.optim import rounding
+from library.optim import noise
 from library.optim.layout import BLOCK, layout_of
 
 CPU = torch.device("cpu")
 
 
+def draws(sizes: tuple[int, ...], keys: list[int], step: int, count: int = 1) -> list[Tensor]:
+    """The first noise matrices of a step for tensors of these sizes, between 0 and 1."""
+    layout = layout_of(sizes, CPU)
+    seeds = noise.seeds(torch.tensor(keys), torch.full((len(keys),), step))
+    own = seeds[layout.owner]
+    return [noise.draw(own, layout.block, number) / 65536 for number in range(count)]
+
+
 def test_noise_depends_on_key_step_and_draw_alone():
-    one = layout_of((700,), CPU)
-    two = layout_of((300, 700), CPU)
-    keys = torch.tensor([5, 9], dtype=torch.int32)
-    alone = next(rounding.uniforms(one.position, one.spread(keys[1:]), 3))
-    among = rounding.uniforms(two.position, two.spread(keys), 3)
-    draws = [next(among) for _ in range(3)]
-    assert torch.equal(draws[0][-3:], alone)
-    assert not torch.equal(draws[0][:2], alone[:2])
-    later = next(rounding.uniforms(one.position, one.spread(keys[1:]), 4))
-    assert not torch.equal(later, alone)
-    assert not torch.equal(draws[1], draws[0])
-    for draw in draws:
-        assert draw.mean().item() == pytest.approx(0.5, abs=0.05)
-        assert draw.std().item() == pytest.approx(12**-0.5, abs=0.02)
+    (alone,) = draws((700,), [9], 3)
+    among = draws((300, 700), [5, 9], 3, 3)
+    assert torch.equal(among[0][-3:], alone)
+    assert not torch.equal(among[0][:2], alone[:2])
+    assert not torch.equal(draws((700,), [9], 4)[0], alone)
+    assert not torch.equal(among[1], among[0])
+
+
+def test_noise_is_uniform_and_does_not_repeat_itself():
+    over_blocks = draws((BLOCK * 4000,), [1], 7)[0]
+    over_steps = torch.stack([draws((BLOCK,), [1], step)[0][0] for step in range(4000)])
+    for some in (over_blocks, over_steps):
+        # Of a uniform variable: mean 1/2, deviation 1/√12, and a tenth of it in each tenth.
+        assert some.mean().item() == pytest.approx(0.5, abs=0.002)
+        assert some.std().item() == pytest.approx(12**-0.5, abs=0.002)
+        tenths = some.flatten().histc(10, 0, 1) / some.numel()
+        assert (tenths - 0.1).abs().max() < 0.003
+        # An element's noise tells nothing about the same element's in the next block or step.
+        centred = some - 0.5
+        assert (centred[1:] * centred[:-1]).mean().abs() < 12**-1 * 0.01
+        assert (centred.mean(0).abs() < 5 * (12 * 4000) ** -0.5).all()
+
+
+def test_noise_table_is_even():
+    numbers = noise.table(CPU)[: noise.TABLE]
+    assert torch.equal(numbers.sort().values, torch.arange(1, 65536, 2))
+    assert torch.equal(noise.table(CPU)[noise.TABLE :], numbers[:BLOCK])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -32,23 +54,31 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_is_unbiased(dtype):
     x = torch.randn(20, BLOCK, generator=generator) * torch.logspace(-7, 3, 20)[:, None]
     total = torch.zeros_like(x)
     for _ in range(300):
-        rounded = rounding.round_to(x, dtype, torch.rand(x.shape, generator=generator))
-        total += rounded.float()
+        some = torch.randint(65536, x.shape, generator=generator, dtype=torch.int32)
+        rounded = noise.round_to(x, dtype, some)
+        assert torch.equal(rounded.to(dtype).float(), rounded)
+        total += rounded
     spacing = (torch.finfo(dtype).eps * x.abs()).clamp_min(
         2.0**-24 if dtype == torch.float16 else 0
     )
-    assert ((rounded.float() - x).abs() <= spacing).all()
+    assert ((rounded - x).abs() <= spacing).all()
     assert ((total / 300 - x) / spacing).abs().max() < 0.2
     kept = x.to(dtype).float()  # representable: no noise moves it
-    assert torch.equal(rounding.round_to(kept, dtype, torch.full_like(x, 0.999)).float(), kept)
+    assert torch.equal(noise.round_to(kept, dtype, torch.full_like(some, 65535)), kept)
+
+
+def test_rounding_to_the_nearest_bfloat16_is_torchs():
+    x = torch.randn(20, BLOCK) * torch.logspace(-7, 3, 20)[:, None]
+    x[0, :2] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])  # ties
+    assert torch.equal(noise.round_to_nearest(x), x.bfloat16().float())
 
 
 def test_float16_does_not_overflow_where_rounding_to_nearest_would_not():
     """Its largest number is 65504; only from 65520 on infinity is nearer."""
     x = torch.tensor([65504, 65510, 65519.9, 1e6, torch.inf, torch.nan])
     x = torch.stack([x, -x])
-    for noise in (0.0, 0.9, 0.9999):
-        rounded = rounding.round_to(x, torch.float16, torch.full_like(x, noise))
+    for some in (0, 60000, 65535):
+        rounded = noise.round_to(x, torch.float16, torch.full(x.shape, some)).to(torch.float16)
         assert (rounded[:, :3].abs() == 65504).all()
         assert torch.equal(rounded[:, :3].sign(), x[:, :3].sign())
         assert not rounded[:, 3:].isfinite().any()

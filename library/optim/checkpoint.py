@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .arguments import check_values, plain
-from .layout import layout_of
-from .state import QUANTIZABLE, Kind, decode, encode
+from .layout import BLOCK, layout_of
+from .state import CODES, NEAREST, QUANTIZABLE, Kind, decode, encode
 
 if TYPE_CHECKING:
     from .engine import ChainOptimizer
@@ -32,7 +32,7 @@ def maths_dtype(param: Tensor) -> torch.dtype:
 def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
     """Give a parameter's state what its chain keeps and is not there yet.
 
-    All zero, but for what is kept of the parameter itself, and for `noise_key`: the int32 that
+    All zero, but for what is kept of the parameter itself, and for `noise_key`: the number that
     stands for the parameter in stochastic rounding. It comes from the name where there is one, so
     that it does not depend on the grouping.
     """
@@ -40,8 +40,10 @@ def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
     state.setdefault("step", 0)
     if "noise_key" not in state:
         name = optimizer.roles.names[param]
-        key = zlib.crc32(name.encode()) if name else optimizer.roles.position[param]
-        state["noise_key"] = torch.tensor(key).to(torch.int32).to(param.device)
+        # 31 bits: it is stored as an int32 where noise is drawn.
+        state["noise_key"] = (
+            zlib.crc32(name.encode()) >> 1 if name else optimizer.roles.position[param]
+        )
     for name, kind in optimizer.kept(param).items():
         if name in state:
             continue
@@ -49,11 +51,11 @@ def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
             state[name] = param.detach().clone()
         elif kind == "scalar":
             state[name] = torch.zeros((), dtype=torch.float32, device=param.device)
+        elif optimizer.uses_8bit(param):
+            state[name] = torch.zeros(param.shape, dtype=CODES[kind], device=param.device)
+            state[f"{name}_scale"] = torch.zeros(-(-param.numel() // BLOCK), device=param.device)
         else:
-            zeros = torch.zeros(param.shape, dtype=maths_dtype(param), device=param.device)
-            state[name] = zeros
-            if optimizer.uses_8bit(param):
-                _quantize(state, name, kind)
+            state[name] = torch.zeros(param.shape, dtype=maths_dtype(param), device=param.device)
 
 
 def load(optimizer: ChainOptimizer, state_dict: dict[str, Any]) -> None:
@@ -188,19 +190,29 @@ def _restore(
     return state
 
 
+class _RowMaxima:
+    """Blocks that are the rows of a matrix."""
+
+    def largest(self, matrix: Tensor) -> Tensor:
+        return matrix.amax(1, keepdim=True)
+
+
 def _quantize(state: dict[str, Any], name: str, kind: Kind) -> None:
     """Replace an element-wise state by 8-bit codes and scales, rounded to the nearest."""
     value = state[name]
     layout = layout_of((value.numel(),), value.device)
-    codes, state[f"{name}_scale"] = encode(layout.gather([value], torch.float32), kind)
+    matrix = layout.gather([value], torch.float32)
+    codes, scales = encode(matrix, kind, NEAREST, _RowMaxima())
     (view,) = layout.split(codes, [value.shape])
-    state[name] = view.clone()  # without the padding
+    state[name] = view.to(CODES[kind])  # a copy, without the padding
+    state[f"{name}_scale"] = scales.squeeze(1)
 
 
 def _dequantize(state: dict[str, Any], name: str, kind: Kind, dtype: torch.dtype) -> None:
     """Replace 8-bit codes and scales by their values."""
     codes = state[name]
     layout = layout_of((codes.numel(),), codes.device)
-    matrix = decode(layout.gather([codes], codes.dtype), state.pop(f"{name}_scale"), kind)
+    scales = state.pop(f"{name}_scale").unsqueeze(1)
+    matrix = decode(layout.gather([codes], torch.int32), scales, kind)
     (view,) = layout.split(matrix, [codes.shape])
     state[name] = view.to(dtype, copy=True)  # without the padding

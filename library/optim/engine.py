@@ -1,21 +1,25 @@
-"""The base of the optimizers here: gather small tensors, run a chain of techniques, scatter back.
+"""The base of the optimizers here: an optimizer that is a chain of techniques.
 
-Today the chain runs eagerly over cache-sized pieces. State lives per parameter, in PyTorch's form.
+A step asks of each parameter only its gradient; everything else is done for all parameters of a
+kind at once, as machine code where there is a compiler (`native`) or by PyTorch's operations
+(`eager`). State lives per parameter, in PyTorch's form, and is changed in place.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, rounding
+from . import checkpoint, eager
 from .arguments import (
     Rule,
     check_groupable,
@@ -26,13 +30,16 @@ from .arguments import (
     plain,
     whole_number,
 )
-from .layout import BLOCK, Layout, layout_of
+from .batch import Batch, make_turn
+from .chain import Variant
+from .finite import all_finite
+from .native import build
+from .native.run import NativeChain, can_run
 from .roles import Roles, family_of, group_names
-from .state import QUANTIZABLE, Kind, decode, encode
-from .techniques.base import TINY, Technique, Work
+from .state import Kind
+from .techniques.base import TINY, Technique
 
-# Elements that run through the chain together: a dozen float32 matrices of them fit a CPU's cache.
-_PIECE = 1 << 17
+logger = logging.getLogger(__name__)
 
 _NO_NAMES = (
     "The optimizer was given no parameter names: every parameter counts as 'regular', and the "
@@ -46,24 +53,12 @@ class NonFiniteGradientError(RuntimeError):
     """A gradient holds NaN or infinity; the message names the tensors. Nothing was changed."""
 
 
-class _Alike(NamedTuple):
-    """What tensors must have in common to run through the chain together."""
-
-    group: int
-    device: torch.device
-    dtype: torch.dtype
-    family: str
-    kept: tuple[tuple[str, Kind], ...]
-    quantized: bool
-    step: int
-
-
 @dataclass(frozen=True)
 class StepRecord:
-    """What the last step noted of some tensors: roles, and per-tensor or common figures."""
+    """What the last step noted of some tensors: roles, and per-tensor figures."""
 
     roles: Sequence[str]
-    values: Mapping[str, Tensor | float]
+    values: Mapping[str, Tensor]
 
 
 class ChainOptimizer(torch.optim.Optimizer):
@@ -77,6 +72,9 @@ class ChainOptimizer(torch.optim.Optimizer):
         min_8bit_size: tensors with fewer elements keep float32 state.
         bf16_rounding: how bfloat16 and float16 parameters are written back.
         nonfinite: `raise` on NaN or infinity in a gradient, or `skip` the step and count it.
+        backend: `compiled` runs float32 and bfloat16 parameters on the processor as machine code
+            made with the C++ compiler of this machine; `eager` runs all by PyTorch's operations;
+            `auto` compiles where there is a compiler.
 
     Raises:
         ValueError: an impossible hyper-parameter, or names that do not match the parameters.
@@ -92,6 +90,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         "min_8bit_size": whole_number(0),
         "bf16_rounding": one_of("stochastic", "nearest"),
         "nonfinite": one_of("raise", "skip"),
+        "backend": one_of("auto", "compiled", "eager"),
     }
 
     def __init__(
@@ -104,15 +103,20 @@ class ChainOptimizer(torch.optim.Optimizer):
         min_8bit_size: int,
         bf16_rounding: Literal["stochastic", "nearest"],
         nonfinite: Literal["raise", "skip"],
+        backend: Literal["auto", "compiled", "eager"],
     ) -> None:
         self.chain = tuple(chain)
         self.optim_bits = optim_bits
         self.min_8bit_size = min_8bit_size
         self.bf16_rounding = bf16_rounding
         self.nonfinite = nonfinite
+        self.backend = backend
         self.skipped_steps = 0
-        self.last_step: list[StepRecord] = []
         self._roles: Roles | None = None
+        self._batches: list[Batch] = []
+        self._native: dict[Batch, NativeChain] = {}
+        self._seen: list[int] = []
+        self.last_step: list[StepRecord] = []
         super().__init__(params, defaults)
         if not self.roles.named:
             warnings.warn(_NO_NAMES, stacklevel=3)
@@ -157,7 +161,7 @@ class ChainOptimizer(torch.optim.Optimizer):
                 group.setdefault("param_names", [""] * len(group["params"]))
             param_group["param_names"] = names
         super().add_param_group(param_group)
-        self._roles = None
+        self._forget()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -172,17 +176,19 @@ class ChainOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pieces = self._pieces()
-        grads = [self._gather_gradients(params) for _, params in pieces]
+        grads = self._gradients()
         if not self._all_finite(grads):
             self.skipped_steps += 1
             return loss
-        # Before any parameter moves: a pair's halves may lie in different pieces.
-        prepared = {technique: technique.prepare(self.roles) for technique in self.chain}
+        # Before any parameter moves: a pair's halves may lie in different batches.
+        prepared = {
+            technique: factor
+            for technique in self.chain
+            if (factor := technique.prepare(self.roles, self._may_compile)) is not None
+        }
         self.last_step = []
-        for (alike, params), grad in zip(pieces, grads, strict=True):
-            report = self._advance(alike, params, grad, prepared)
-            self.last_step.append(StepRecord([self.roles.role[p] for p in params], report))
+        for batch in self._batches_now():
+            self._advance(batch, grads, prepared)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,68 +233,54 @@ class ChainOptimizer(torch.optim.Optimizer):
             "min_8bit_size",
             "bf16_rounding",
             "nonfinite",
+            "backend",
             "skipped_steps",
         )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._roles = None
-        self.last_step = []
+        self._forget()
 
-    def _pieces(self) -> list[tuple[_Alike, list[Tensor]]]:
-        """The tensors that have a gradient, in pieces that run through the chain together."""
-        lists: dict[_Alike, list[list[Tensor]]] = defaultdict(list)
-        filled: dict[_Alike, int] = {}
-        kept_by_role: dict[str, tuple[tuple[str, Kind], ...]] = {}
+    def _forget(self) -> None:
+        """Drop what is only remembered for speed, and the last step's report."""
+        self._roles = None
+        self._batches, self._native, self._seen, self.last_step = [], {}, [], []
+
+    def _gradients(self) -> dict[int, Tensor]:
+        """The gradients by the parameter's position.
+
+        Raises:
+            ValueError: a learning rate that is not finite.
+            RuntimeError: a sparse gradient.
+        """
+        grads, position = {}, 0
         for index, group in enumerate(self.param_groups):
             if not math.isfinite(group["lr"]):
                 raise ValueError(f"The learning rate of parameter group {index} is {group['lr']}.")
             for param in group["params"]:
-                if param.grad is None or param.numel() == 0:
-                    continue
-                if param.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not take sparse gradients; "
-                        f"{self.roles.call(param)} has one."
-                    )
-                role = self.roles.role[param]
-                if role not in kept_by_role:
-                    kept_by_role[role] = tuple(self.kept(param).items())
-                alike = _Alike(
-                    group=index,
-                    device=param.device,
-                    dtype=param.dtype,
-                    family=family_of(role),
-                    kept=kept_by_role[role],
-                    quantized=self.uses_8bit(param),
-                    step=self.state.get(param, {}).get("step", 0) + 1,
-                )
-                size = -(-param.numel() // BLOCK) * BLOCK
-                if alike not in filled or filled[alike] + size > _PIECE:
-                    lists[alike].append([])
-                    filled[alike] = 0
-                lists[alike][-1].append(param)
-                filled[alike] += size
-        return [(alike, params) for alike, some in lists.items() for params in some]
+                grad = param.grad
+                if grad is not None and grad.numel():
+                    if grad.layout is not torch.strided:
+                        raise RuntimeError(
+                            f"{type(self).__name__} does not take sparse gradients; "
+                            f"{self.roles.call(param)} has one."
+                        )
+                    grads[position] = grad
+                position += 1
+        return grads
 
-    def _gather_gradients(self, params: Sequence[Tensor]) -> Tensor:
-        """The gradients as one `[blocks, 256]` matrix, in the precision of the maths."""
-        grads = [param.grad for param in params if param.grad is not None]
-        return _layout(params).gather(grads, checkpoint.maths_dtype(params[0]))
-
-    def _all_finite(self, grads: Sequence[Tensor]) -> bool:
-        """Whether every gradient is finite: one synchronisation with each device."""
-        largest: dict[torch.device, list[Tensor]] = defaultdict(list)
-        for grad in grads:
-            largest[grad.device].append(grad.abs().amax())
-        if all(bool(torch.stack(some).isfinite().all()) for some in largest.values()):
+    def _all_finite(self, grads: Mapping[int, Tensor]) -> bool:
+        """Whether every gradient is finite; if not, and steps are not to be skipped, an error."""
+        if all_finite(list(grads.values()), compiled=self._may_compile):
             return True
         if self.nonfinite == "raise":
-            with_grad = (
-                p for group in self.param_groups for p in group["params"] if p.grad is not None
-            )
-            broken = [self.roles.call(p) for p in with_grad if not bool(p.grad.isfinite().all())]
+            params = [param for group in self.param_groups for param in group["params"]]
+            broken = [
+                self.roles.call(params[position])
+                for position, grad in grads.items()
+                if not bool(grad.isfinite().all())
+            ]
             more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
             raise NonFiniteGradientError(
                 f"NaN or infinity in the gradient of {', '.join(broken[:8])}{more}. Parameters and "
@@ -296,96 +288,83 @@ class ChainOptimizer(torch.optim.Optimizer):
             )
         return False
 
-    def _advance(
-        self,
-        alike: _Alike,
-        params: Sequence[Tensor],
-        grad: Tensor,
-        prepared: Mapping[Technique, Mapping[Tensor, Tensor]],
-    ) -> Mapping[str, Tensor | float]:
-        """Run the chain on one piece, write parameters and state back, return what was noted."""
-        for param in params:
-            if not self.state[param]:
-                checkpoint.complete(self, param)
-        layout, group = _layout(params), self.param_groups[alike.group]
-        p = layout.gather(params, grad.dtype)
-        work = Work(
-            params=params,
-            family=alike.family,
-            layout=layout,
-            step=alike.step,
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            grad=grad,
-            g=grad,
-            p=p,
-            u=grad,
-            pace=torch.ones_like(layout.numel),
-            new_p=p,
-            prepared=prepared,
+    @property
+    def _may_compile(self) -> bool:
+        """Whether machine code is wanted and can be had.
+
+        Raises:
+            CompilerError: `backend="compiled"` without a compiler.
+        """
+        if self.backend == "auto" and build.compiler() is None:
+            _tell_of_no_compiler()
+            return False
+        return self.backend != "eager"
+
+    def _variant(self, param: Tensor) -> Variant:
+        low = param.dtype in (torch.bfloat16, torch.float16)
+        return Variant(
+            device=param.device,
+            dtype=param.dtype,
+            kept=tuple(self.kept(param).items()),
+            quantized=self.uses_8bit(param),
+            stochastic=low and self.bf16_rounding == "stochastic",
         )
-        for name, kind in alike.kept:
-            work.state[name] = self._read(work, name, kind, alike.quantized)
-        for technique in self.chain:
-            technique.apply(work)
-        noise = self._noise(work)
-        for name, kind in alike.kept:
-            self._write(work, name, kind, alike.quantized, noise)
-        for param in params:
-            self.state[param]["step"] = alike.step
-        self._write_parameters(work, alike.dtype, noise)
-        return work.report
 
-    def _read(self, work: Work, name: str, kind: Kind, quantized: bool) -> Tensor:
-        """One kind of state of the piece's tensors, as a matrix (`[tensors]` for a scalar)."""
-        kept = self._kept_tensors(work, name)
-        if kind == "scalar":
-            return torch.stack(kept).to(work.grad.dtype)
-        if quantized and kind in QUANTIZABLE:
-            scale = torch.cat(self._kept_tensors(work, f"{name}_scale"))
-            return decode(work.layout.gather(kept, kept[0].dtype), scale, kind)
-        return work.layout.gather(kept, work.grad.dtype)
+    def _batches_now(self) -> list[Batch]:
+        """All parameters in batches; made anew where a parameter or its state has moved."""
+        state = list(map(id, self.state.values()))
+        if self._batches and state == self._seen and all(b.is_as_before() for b in self._batches):
+            return self._batches
+        members: dict[Variant, list[tuple[Tensor, str, int, int]]] = defaultdict(list)
+        position = 0
+        for index, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                if param.numel():
+                    family = family_of(self.roles.role[param])
+                    members[self._variant(param)].append((param, family, index, position))
+                position += 1
+        self._batches, self._native = [], {}
+        for variant, some in members.items():
+            params, families, groups, positions = zip(*some, strict=True)
+            entries = [self.state.get(param, {}) for param in params]
+            batch = Batch(variant, params, families, groups, positions, entries)
+            for k, (param, entry) in enumerate(zip(params, entries, strict=True)):
+                if entry:
+                    checkpoint.complete(self, param)
+                    batch.adopt(k)
+            self._batches.append(batch)
+        self._seen = list(map(id, self.state.values()))
+        return self._batches
 
-    def _write(
-        self, work: Work, name: str, kind: Kind, quantized: bool, noise: Iterator[Tensor]
+    def _advance(
+        self, batch: Batch, grads: Mapping[int, Tensor], prepared: Mapping[Technique, Tensor]
     ) -> None:
-        """Keep one kind of state of the piece's tensors."""
-        if kind == "scalar":
-            self._keep(work, name, work.state[name].unbind())
-        elif quantized and kind in QUANTIZABLE:
-            codes, scale = encode(work.state[name], kind, next(noise))
-            self._keep(work, name, work.layout.split(codes, [p.shape for p in work.params]))
-            self._keep(work, f"{name}_scale", work.layout.split_blocks(scale))
-        elif kind != "initial":
-            shapes = [param.shape for param in work.params]
-            self._keep(work, name, work.layout.split(work.state[name], shapes))
-
-    def _write_parameters(self, work: Work, dtype: torch.dtype, noise: Iterator[Tensor]) -> None:
-        new_p = work.new_p
-        if dtype in (torch.bfloat16, torch.float16) and self.bf16_rounding == "stochastic":
-            new_p = rounding.round_to(new_p, dtype, next(noise))
-        shapes = [param.shape for param in work.params]
-        torch._foreach_copy_(list(work.params), work.layout.split(new_p, shapes))
-
-    def _kept_tensors(self, work: Work, name: str) -> list[Tensor]:
-        """One entry of each tensor's state, brought along where the parameter has moved."""
-        device = work.grad.device
-        kept = [self.state[param][name] for param in work.params]
-        return [tensor if tensor.device == device else tensor.to(device) for tensor in kept]
-
-    def _keep(self, work: Work, name: str, values: Iterable[Tensor]) -> None:
-        # Cloned: a view would keep the matrix of all the piece's tensors alive, and in torch.save,
-        # for as long as this one gets no gradient. It costs under two hundredths of a step.
-        for param, value in zip(work.params, values, strict=True):
-            self.state[param][name] = value.clone()
-
-    def _noise(self, work: Work) -> Iterator[Tensor]:
-        """Uniform noise for the piece's elements; each tensor's depends on its key and the step."""
-        keys = work.layout.spread(torch.stack(self._kept_tensors(work, "noise_key")))
-        return rounding.uniforms(work.layout.position, keys, work.step)
+        """One step of a batch's parameters that have a gradient."""
+        active = [k for k, position in enumerate(batch.positions) if position in grads]
+        if not active:
+            return
+        for k in active:
+            if not batch.entries[k]:
+                checkpoint.complete(self, batch.params[k])
+                batch.entries[k] = self.state[batch.params[k]]
+                batch.adopt(k)
+                self._seen.append(id(batch.entries[k]))
+        some = [grads[batch.positions[k]] for k in active]
+        turn = make_turn(batch, active, some, self.param_groups, self.chain, prepared)
+        if self._may_compile and can_run(batch.variant):
+            if batch not in self._native:
+                self._native[batch] = NativeChain(self.chain, batch)
+            report = self._native[batch].run(turn)
+        else:
+            report = eager.run(self.chain, turn)
+        for entry in turn.entries:
+            entry["step"] += 1
+        self.last_step.append(StepRecord([self.roles.role[p] for p in turn.params], report))
 
 
-def _layout(params: Sequence[Tensor]) -> Layout:
-    return layout_of(tuple(param.numel() for param in params), params[0].device)
+@lru_cache(maxsize=1)
+def _tell_of_no_compiler() -> None:
+    logger.warning(
+        "No C++ compiler (g++ or clang++) was found: the optimizer runs by PyTorch's operations, "
+        "which takes several times as long a step."
+    )

@@ -28,7 +28,7 @@ class Layout:
 
     Attributes:
         owner: `[blocks]`, the tensor that each block belongs to.
-        numel: `[tensors]`, the sizes as float32.
+        block: int32 `[blocks]`, each block's index in its own tensor.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
@@ -38,20 +38,12 @@ class Layout:
         ends = counts.cumsum(0)
         owner = torch.repeat_interleave(torch.arange(len(self.sizes)), counts)
         first = (ends - counts)[owner]
-        start = (torch.arange(len(owner)) - first)[:, None] * BLOCK
         self.owner = owner.to(device)
-        self.numel = torch.tensor(self.sizes, dtype=torch.float32).to(device)
-        self._start = start.to(torch.int32).to(device)
-        self._within = torch.arange(BLOCK, dtype=torch.int32).to(device)
+        self.block = (torch.arange(len(owner)) - first).to(torch.int32).to(device)
         self._offsets = torch.cat([ends.new_zeros(1), ends]).to(device)
         # Sizes of the pieces of the flat matrix: tensor, padding, tensor, padding, …
         self._pieces = [n for size in self.sizes for n in (size, -size % BLOCK)]
         self._padded = any(self._pieces[1::2])
-
-    @property
-    def position(self) -> Tensor:
-        """`[blocks, 256]` int32: each element's index in its own tensor."""
-        return self._start + self._within
 
     def gather(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The tensors as one `[blocks, 256]` matrix, zeros where nothing lies."""
@@ -72,16 +64,13 @@ class Layout:
         """Views into a `[blocks]` vector, one for each tensor."""
         return per_block.split(self._blocks)
 
-    def sum(self, *terms: Tensor) -> tuple[Tensor, ...]:
-        """Per-tensor sums `[tensors]` of `[blocks, 256]` matrices.
+    def sum(self, matrix: Tensor) -> Tensor:
+        """Per-tensor sums, float64 `[tensors]`, of a `[blocks, 256]` matrix.
 
-        Blocks are summed in the terms' own precision, block sums in float64 in a fixed order.
+        Blocks are summed in the matrix's own precision, block sums in float64 in a fixed order.
         """
-        per_block = torch.stack([term.sum(1) for term in terms], 1)
-        per_tensor = torch.segment_reduce(
-            per_block.double(), "sum", offsets=self._offsets, axis=0, unsafe=True
-        )
-        return per_tensor.to(per_block.dtype).unbind(1)
+        per_block = matrix.sum(1).double()
+        return torch.segment_reduce(per_block, "sum", offsets=self._offsets, axis=0, unsafe=True)
 
     def spread(self, per_tensor: Tensor) -> Tensor:
         """A per-tensor vector `[tensors]` as `[blocks, 1]`, to meet matrices elementwise."""
@@ -92,10 +81,3 @@ class Layout:
 def layout_of(sizes: tuple[int, ...], device: torch.device) -> Layout:
     """The layout for these sizes; kept, because the same ones come back every step."""
     return Layout(sizes, device)
-
-
-def square_sums(tensors: Sequence[Tensor]) -> Tensor:
-    """Σx² of each tensor, `[tensors]` in float32; all on one device."""
-    layout = layout_of(tuple(t.numel() for t in tensors), tensors[0].device)
-    matrix = layout.gather([t.float() for t in tensors], torch.float32)
-    return layout.sum(matrix * matrix)[0]

@@ -11,8 +11,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # The first row that fits decides; in a row the last occurrence counts, because a module path may
@@ -210,6 +212,23 @@ class Roles:
             self._pair_lora(base[0], slots)
             self._pair_lokr(base[0], slots)
             self._pair_norm(slots)
+
+    @cached_property
+    def lora_positions(self) -> Tensor:
+        """`[pairs, 2]`: the positions of a and b of each LoRA pair."""
+        return torch.tensor([(self.position[p.a], self.position[p.b]) for p in self.lora_pairs])
+
+    @cached_property
+    def lokr_members(self) -> Tensor:
+        """`[members, 2]`: the position of each tensor of a LoKr pair, and the pair's index."""
+        return torch.tensor(
+            [(self.position[m], k) for k, p in enumerate(self.lokr_pairs) for m in p.members]
+        )
+
+    @cached_property
+    def lokr_zeros(self) -> Tensor:
+        """`[pairs]`: the position of the tensor of each LoKr pair that starts at zero."""
+        return torch.tensor([self.position[p.w2.zero_initialised] for p in self.lokr_pairs])
 
     @property
     def named(self) -> bool:

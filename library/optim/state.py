@@ -1,19 +1,24 @@
 """Optimizer state in 8 bits: one code per element, one float32 scale per block of 256.
 
-A block is scaled by its largest magnitude. The codes are spaced by a power law rather than evenly,
-because within a block the moments span several orders of magnitude:
+A code is the head of a small float32 number. A value's magnitude, divided by the block's largest,
+lies between 0 and 1; a `floor` is added, and of the float32 that this makes the exponent and four
+bits behind it are kept. So codes lie evenly below the floor and a sixteenth of an octave apart
+above it, where most of a block's moments are, and encoding is an addition and a shift:
 
-- signed (m):    m = scale · sign(c) · (c/127)²,   c in −127 … 127
-- positive (v):  v = scale · (c/255)⁴,             c in 0 … 255, so √v has the spacing (c/255)²
+- signed (m):    a sign and 127 steps, floor 2⁻⁸: even below 1/256 of the block's largest
+- positive (v):  255 steps, floor 2⁻¹⁶: √v spans 1/256 of the block's largest, then is even
 
-Rounding is stochastic and unbiased in the value, not in the code. With β₂ = 0.999 a step changes v
-by a thousandth, far less than one code: rounded to the nearest, v would stand still.
+Rounding is stochastic: noise below the bits that are kept is added and then cut off. It is unbiased
+in the value, because codes are even within an octave. With β₂ = 0.999 a step changes v by a
+thousandth, far less than one code: rounded to the nearest, v would stand still.
 A positive value never becomes zero: a zero v would turn into a division by eps.
+
+The functions here run on tensors and are translated to C++ with the rest of the chain.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,43 +28,73 @@ Kind = Literal["signed", "positive", "scalar", "initial"]
 be held in 8 bits), one float32 for the tensor, or the parameter's own initial value."""
 
 QUANTIZABLE: tuple[Kind, ...] = ("signed", "positive")
+CODES: dict[Kind, torch.dtype] = {"signed": torch.int8, "positive": torch.uint8}
 
 _TINY = torch.finfo(torch.float32).tiny
-_NEAREST = 0.5
 
 
-def encode(x: Tensor, kind: Kind, noise: Tensor | float = _NEAREST) -> tuple[Tensor, Tensor]:
+class _Code(NamedTuple):
+    """How a kind is coded: the bits kept behind the exponent, and the floor as a power of two."""
+
+    mantissa: int
+    octaves: int
+
+    @property
+    def cut(self) -> int:
+        return 23 - self.mantissa
+
+    @property
+    def floor(self) -> float:
+        return 2.0**-self.octaves
+
+    @property
+    def base(self) -> int:
+        """The bits of the floor as float32."""
+        return (127 - self.octaves) << 23
+
+    @property
+    def span(self) -> float:
+        """What the last code stands for, without the floor."""
+        return 1 - 2.0 ** -(self.mantissa + 1) - self.floor
+
+
+_CODE: dict[Kind, _Code] = {"signed": _Code(3, 16), "positive": _Code(3, 32)}
+
+NEAREST = 1 << 15
+"""The noise that rounds to the nearest code."""
+
+
+class _Blocks(Protocol):
+    def largest(self, matrix: Tensor) -> Tensor: ...
+
+
+def encode(x: Tensor, kind: Kind, noise: Tensor | int, blocks: _Blocks) -> tuple[Tensor, Tensor]:
     """8-bit codes and scales of `x`.
 
     Args:
         x: float32 `[blocks, 256]`.
         kind: `signed` or `positive`.
-        noise: uniform in [0, 1) for stochastic rounding; 0.5 rounds to the nearest value.
+        noise: int32 in [0, 65536) for stochastic rounding; 32768 rounds to the nearest.
+        blocks: knows the largest value of each block.
 
     Returns:
-        codes `[blocks, 256]` (int8 or uint8) and scales `[blocks]` (float32).
+        codes `[blocks, 256]` (int32, to be stored as int8 or uint8) and scales `[blocks, 1]`.
     """
-    ratio = x.abs()
-    scale = ratio.amax(1)
-    ratio.div_(scale.clamp_min(_TINY).unsqueeze(1))
+    code = _CODE[kind]
+    size = x.abs() if kind == "signed" else x
+    scale = blocks.largest(size) / code.span
+    floored = (size * (1 / scale.clamp_min(_TINY)) + code.floor).to(torch.float32)
+    below = noise * (1 << code.cut - 16)
+    steps = ((floored.view(torch.int32) + below) >> code.cut) - (code.base >> code.cut)
     if kind == "signed":
-        square = ratio.mul_(127.0**2)
-        low = square.sqrt().floor_()
-        # Between low² and (low+1)², up with the share of the way that is gone.
-        up = square.sub_(low * low).div_(2 * low + 1) > noise
-        return low.add_(up).copysign_(x).to(torch.int8), scale
-    fourth = ratio.mul_(255.0**4)
-    low = fourth.sqrt().sqrt_().floor_()
-    low4 = (low * low).square_()
-    gap = (low + 1).square_().square_().sub_(low4)
-    up = fourth.sub_(low4).div_(gap) > noise
-    codes = low.add_(up).clamp_max_(255).maximum(x > 0)
-    return codes.to(torch.uint8), scale
+        return torch.where(x < 0, -steps, steps), scale
+    return steps.clamp_min(1), scale
 
 
 def decode(codes: Tensor, scale: Tensor, kind: Kind) -> Tensor:
-    """The float32 values `[blocks, 256]` of codes and scales made by `encode`."""
-    c = codes.float()
-    if kind == "signed":
-        return c.mul_(c.abs()).mul_((scale / 127.0**2).unsqueeze(1))
-    return c.square_().square_().mul_((scale / 255.0**4).unsqueeze(1))
+    """The float32 values `[blocks, 256]` of codes (int32) and scales made by `encode`."""
+    code = _CODE[kind]
+    size = codes.abs() if kind == "signed" else codes
+    floored = ((size << code.cut) + code.base).view(torch.float32)
+    value = (floored - code.floor) * scale
+    return torch.where(codes < 0, -value, value) if kind == "signed" else value

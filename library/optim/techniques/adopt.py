@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..state import Kind
-from .base import Technique, Work
+from .base import TINY, Technique, Work
 from .tam import Momentum
 
 
@@ -26,12 +26,13 @@ class Adam(Technique):
         return {"exp_avg": "signed", "exp_avg_sq": "positive", **self.momentum.state()}
 
     def apply(self, work: Work) -> None:
-        beta1, beta2 = work.betas
-        damping = self.momentum.damping(work)
-        m = beta1 * work.state["exp_avg"] + (1 - beta1) * (damping * work.g)
-        v = beta2 * work.state["exp_avg_sq"] + (1 - beta2) * work.g.square()
-        root = v.sqrt() / (1 - beta2**work.step) ** 0.5 + work.eps
-        work.u = m / root / (1 - beta1**work.step)
+        beta1, beta2, g = work.beta1, work.beta2, work.g
+        entering = work.spread((1 - beta1) * self.momentum.damping(work))
+        m = work.spread(beta1) * work.state["exp_avg"] + entering * g
+        v = work.spread(beta2) * work.state["exp_avg_sq"] + work.spread(1 - beta2) * (g * g)
+        unbias_m, unbias_v = 1 / (1 - beta1**work.step), (1 - beta2**work.step) ** -0.5
+        root = v.sqrt() * work.spread(unbias_v) + work.spread(work.eps)
+        work.u = m * work.spread(unbias_m) / root
         work.state |= {"exp_avg": m, "exp_avg_sq": v}
 
 
@@ -56,16 +57,18 @@ class ADOPT(Technique):
         return {"exp_avg": "signed", "exp_avg_sq": "positive", **self.momentum.state()}
 
     def apply(self, work: Work) -> None:
-        beta1, beta2 = work.betas
-        v = work.state["exp_avg_sq"]
-        if work.step == 1:
-            work.state["exp_avg_sq"] = work.g.square()
-            work.u = torch.zeros_like(work.g)
-            work.weight_decay = 0.0
-            return
-        clip = (work.step - 1) ** 0.25
-        normalised = (work.g / v.sqrt().clamp_min(work.eps)).clamp(-clip, clip)
-        damping = self.momentum.damping(work)
-        m = beta1 * work.state["exp_avg"] + (1 - beta1) * (damping * normalised)
+        g, m, v = work.g, work.state["exp_avg"], work.state["exp_avg_sq"]
+        # At t = 1 the clip is 0 and so are m and u; weight decay and v's own past are left out.
+        goes_on = torch.where(work.step > 1, 1.0, 0.0)
+        clip = work.spread((work.step - 1) ** 0.25)
+        inverse = torch.minimum(v.clamp_min(TINY).rsqrt(), work.spread(1 / work.eps))
+        normalised = torch.maximum(torch.minimum(g * inverse, clip), -clip)
+        entering = work.spread((1 - work.beta1) * self.momentum.damping(work))
+        m = work.spread(work.beta1) * m + entering * normalised
+        past = work.beta2 * goes_on
         work.u = m
-        work.state |= {"exp_avg": m, "exp_avg_sq": beta2 * v + (1 - beta2) * work.g.square()}
+        work.weight_decay = work.weight_decay * goes_on
+        work.state |= {
+            "exp_avg": m,
+            "exp_avg_sq": work.spread(past) * v + work.spread(1 - past) * (g * g),
+        }

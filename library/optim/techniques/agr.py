@@ -18,6 +18,6 @@ class AGR(Technique):
 
     def apply(self, work: Work) -> None:
         magnitude = work.g.abs()
-        (total,) = work.sum(magnitude)
-        share = torch.where(work.layout.numel == 1, 0.0, 1.0 / total.clamp_min(TINY))
-        work.g = work.g * (1.0 - magnitude * work.spread(share))
+        total = work.sum(magnitude)
+        share = torch.where(work.numel == 1, 0.0, 1 / total.clamp_min(TINY))
+        work.g = work.g - work.g * magnitude * work.spread(share)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..layout import Layout
 from ..roles import Roles
 from ..state import Kind
 
@@ -16,54 +16,77 @@ TINY = torch.finfo(torch.float32).tiny
 """The smallest normal float32: keeps a division by a sum that may be zero defined."""
 
 
+class Layout(Protocol):
+    """How matrices and per-tensor quantities meet."""
+
+    def sum(self, matrix: Tensor) -> Tensor:
+        """The sum over each tensor: a matrix becomes a per-tensor quantity."""
+        ...
+
+    def spread(self, per_tensor: Tensor) -> Tensor:
+        """A per-tensor quantity, to meet matrices elementwise."""
+        ...
+
+
 @dataclass
 class Work:
-    """Some tensors of one parameter group, in the middle of one step.
+    """Tensors in the middle of one step.
 
-    Matrices are `[blocks, 256]` in the precision of the maths (float32; float64 for float64
-    parameters); per-tensor quantities are `[tensors]`. `sum` and `spread` lead from one to the
-    other; everything else that a technique does is elementwise. No matrix is changed in place.
+    There are two kinds of quantities. Matrices hold a number for each element: `[blocks, 256]`,
+    float32 (float64 for float64 parameters). Per-tensor quantities hold one for each tensor:
+    `[tensors]`, float64. `sum` leads from the first to the second and `spread` back; apart from
+    these everything is elementwise. No matrix is changed in place, and no branch of Python depends
+    on a number: the same lines run on tensors and are translated to C++ (see `cpp`).
 
     Attributes:
-        params: the tensors themselves, to look up what was prepared for them.
-        family: `lora`, `lokr` or `other`, the same for all of them.
-        step: t, from 1.
-        lr, betas, eps, weight_decay: the group's, as the scheduler has set them.
+        numel, step, lr, beta1, beta2, eps, weight_decay: per tensor; the step counts from 1, the
+            others are the group's as the scheduler has set them.
+        factors: of each technique that has one, its factor per tensor (`Technique.prepare`,
+            `Technique.schedule`).
         grad: the gradient as autograd left it.
         g: the gradient as the techniques before have made it.
         p: the parameters before the step.
-        u: the update's direction: the step is p − lr·pace·u.
-        pace: per-tensor factor on lr.
+        u: the update's direction.
+        pace: per tensor, the factor on lr.
+        length: per tensor, a factor on u that is not multiplied into it, because it needs a sum
+            that u itself does not.
+        decay, rate: per tensor, once `Descent` has run: the step is decay·p − rate·u.
         new_p: the parameters after the step.
         state: what the techniques keep from step to step, by name.
-        prepared: what each technique's `prepare` returned for this step.
         report: per-tensor figures of this step for telemetry.
     """
 
-    params: Sequence[Tensor]
-    family: str
     layout: Layout
-    step: int
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+    numel: Tensor
+    step: Tensor
+    lr: Tensor
+    beta1: Tensor
+    beta2: Tensor
+    eps: Tensor
+    weight_decay: Tensor
+    factors: Mapping[Technique, Tensor]
     grad: Tensor
-    g: Tensor
     p: Tensor
-    u: Tensor
-    pace: Tensor
-    new_p: Tensor
-    state: dict[str, Tensor] = field(default_factory=dict)
-    prepared: Mapping[Technique, Mapping[Tensor, Tensor]] = field(default_factory=dict)
-    report: dict[str, Tensor | float] = field(default_factory=dict)
+    state: dict[str, Tensor]
+    g: Tensor = field(init=False)
+    u: Tensor = field(init=False)
+    new_p: Tensor = field(init=False)
+    pace: Tensor | float = 1.0
+    length: Tensor | float = 1.0
+    decay: Tensor | float = 1.0
+    rate: Tensor | float = 0.0
+    report: dict[str, Tensor] = field(default_factory=dict)
 
-    def sum(self, *terms: Tensor) -> tuple[Tensor, ...]:
-        """Per-tensor sums `[tensors]` of matrices."""
-        return self.layout.sum(*terms)
+    def __post_init__(self) -> None:
+        self.g = self.u = self.grad
+        self.new_p = self.p
+
+    def sum(self, matrix: Tensor) -> Tensor:
+        """The sum over each tensor, per tensor."""
+        return self.layout.sum(matrix)
 
     def spread(self, per_tensor: Tensor) -> Tensor:
-        """A per-tensor quantity as `[blocks, 1]`, to meet matrices elementwise."""
+        """A per-tensor quantity, to meet matrices elementwise."""
         return self.layout.spread(per_tensor)
 
 
@@ -71,8 +94,8 @@ class Technique:
     """One link of an optimizer's chain.
 
     A technique holds its hyper-parameters and nothing else: what it must remember it declares in
-    `state` and finds in `Work.state`; what needs whole matrices rather than single elements it
-    computes in `prepare`, before any parameter moves.
+    `state` and finds in `Work.state`. What it needs beyond elements and sums it computes before the
+    step, in `prepare` or `schedule`, as one factor for each tensor.
     """
 
     def state(self, role: str) -> dict[str, Kind]:
@@ -80,9 +103,24 @@ class Technique:
         the kind `initial`, which is the parameter's value at its first step."""
         return {}
 
-    def prepare(self, roles: Roles) -> Mapping[Tensor, Tensor]:
-        """Per-parameter 0-d factors for this step; parameters left out have none."""
-        return {}
+    def prepare(self, roles: Roles, compiled: bool) -> Tensor | None:
+        """A factor for this step from whole matrices: float64 `[parameters]` in the order of the
+        optimizer's parameters (`roles.position`), or None for one that is 1 for all.
+
+        Args:
+            compiled: whether machine code may be used for what lies on the processor.
+        """
+        return None
+
+    def schedule(self, family: str, step: int) -> float:
+        """A factor for this step by family (`lora`, `lokr`, `other`), where there is no other."""
+        return 1.0
+
+    @property
+    def has_factor(self) -> bool:
+        """Whether it computes factors before the step."""
+        own = type(self)
+        return own.prepare is not Technique.prepare or own.schedule is not Technique.schedule
 
     def apply(self, work: Work) -> None:
         """Change `work` by this technique's rule."""

@@ -21,11 +21,10 @@ class OrthogonalGradient(Technique):
 
     def apply(self, work: Work) -> None:
         p, g = work.p, work.g
-        pg, pp, gg = work.sum(p * g, p * p, g * g)
-        free = (pp == 0) | (work.layout.numel == 1)
+        pg, pp, gg = work.sum(p * g), work.sum(p * p), work.sum(g * g)
+        free = (pp == 0) | (work.numel == 1)
         along = torch.where(free, 0.0, pg / pp.clamp_min(TINY))
         turned = g - work.spread(along) * p
-        (tt,) = work.sum(turned * turned)
-        norm, rest = gg.sqrt(), tt.sqrt()
+        norm, rest = gg.sqrt(), work.sum(turned * turned).sqrt()
         scale = torch.where(rest > _ROUNDING * norm, norm / rest.clamp_min(TINY), 0.0)
         work.g = turned * work.spread(torch.where(free, 1.0, scale))

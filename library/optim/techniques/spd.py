@@ -50,9 +50,21 @@ class SelectiveProjection(Technique):
     def apply(self, work: Work) -> None:
         origin = work.state.get("spd_anchor")
         before = work.p if origin is None else work.p - origin
-        after = work.new_p if origin is None else work.new_p - origin
-        descent, bb, aa = work.sum(work.grad * before, before * before, after * after)
-        ratio = ((aa.sqrt() - bb.sqrt()) / aa.sqrt().clamp_min(TINY)).clamp(0, 1)
+        descent, bb = work.sum(work.grad * before), work.sum(before * before)
+        # ‖p'−p₀‖² − ‖p−p₀‖² from the sums of its parts: the difference of the two norms would be
+        # lost in their rounding. p' − p = −(fade·p + rate·u).
+        fade, rate = 1 - work.decay, work.rate
+        uu, pu = work.sum(work.u * work.u), work.sum(work.p * work.u)
+        if origin is None:
+            pp, bp, bu = bb, bb, pu
+        else:
+            pp = work.sum(work.p * work.p)
+            bp, bu = work.sum(before * work.p), work.sum(before * work.u)
+        moved = fade**2 * pp + 2 * fade * rate * pu + rate**2 * uu
+        grown = moved - 2 * (fade * bp + rate * bu)
+        after = (bb + grown).clamp_min(TINY).sqrt()
+        ratio = (grown / (after * (after + bb.sqrt()))).clamp(0, 1)
         ratio = torch.where(descent > 0, ratio, 0.0)
-        work.new_p = work.new_p - work.spread(self.strength * ratio) * after
-        work.report["spd/projected_share"] = (ratio > 0).float()
+        away = work.new_p if origin is None else work.new_p - origin
+        work.new_p = work.new_p - work.spread(self.strength * ratio) * away
+        work.report["spd/projected_share"] = torch.where(ratio > 0, 1.0, 0.0)

@@ -15,7 +15,7 @@ class Momentum:
         return {}
 
     def damping(self, work: Work) -> Tensor | float:
-        """The factor on the gradient that enters m: a number, or `[blocks, 1]`."""
+        """The factor on the gradient that enters m: a number, or one per tensor."""
         return 1.0
 
 
@@ -39,9 +39,9 @@ class TorqueAware(Momentum):
 
     def damping(self, work: Work) -> Tensor:
         m, g = work.state["exp_avg"], work.g
-        mg, mm, gg = work.sum(m * g, m * m, g * g)
+        mg, mm, gg = work.sum(m * g), work.sum(m * m), work.sum(g * g)
         cosine = mg / (mm.sqrt() * gg.sqrt()).clamp_min(TINY)
         smooth = self.beta * work.state["tam_alignment"] + (1 - self.beta) * cosine
         work.state["tam_alignment"] = smooth
         work.report["tam/alignment"] = smooth
-        return work.spread((1 + smooth) / 2 + work.eps)
+        return (1 + smooth) / 2 + work.eps

@@ -22,8 +22,7 @@ class DynamicWeightDecay(Technique):
         self.factor = factor
         self.min_ratio = min_ratio
 
-    def multiplier(self, family: str, step: int) -> float:
-        """The factor on `weight_decay` for a family (`lora`, `lokr`, `other`) at a step."""
+    def schedule(self, family: str, step: int) -> float:
         if family == "other" or step <= self.transition_steps:
             return 1.0
         q = (step - self.transition_steps) / self.transition_steps
@@ -32,17 +31,19 @@ class DynamicWeightDecay(Technique):
         return max(1.5 * self.min_ratio, (self.factor**0.7) ** min(q, 1.5))
 
     def apply(self, work: Work) -> None:
-        work.weight_decay *= self.multiplier(work.family, work.step)
+        work.weight_decay = work.weight_decay * work.factors[self]
 
 
 class Descent(Technique):
-    """p' = p·(1 − lr·weight_decay) − lr·pace·u, lr being the scheduler's.
+    """p' = p·(1 − lr·weight_decay) − lr·pace·length·u, lr being the scheduler's.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
     """
 
     def apply(self, work: Work) -> None:
-        lr = work.lr * work.pace
-        work.new_p = work.p * (1 - work.lr * work.weight_decay) - work.spread(lr) * work.u
-        work.report["effective_lr"] = lr
+        effective_lr = work.lr * work.pace
+        work.rate = effective_lr * work.length
+        work.decay = 1 - work.lr * work.weight_decay
+        work.new_p = work.spread(work.decay) * work.p - work.spread(work.rate) * work.u
+        work.report["effective_lr"] = effective_lr
         work.report["weight_decay"] = work.weight_decay

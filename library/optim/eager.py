@@ -1,0 +1,101 @@
+"""The chain on tensors, by PyTorch's own operations: where nothing can be compiled.
+
+Parameters are taken in pieces that fit a processor's cache and laid end to end as one
+`[blocks, 256]` matrix: an operation on each of two thousand small tensors would cost far more in
+dispatch than in arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from . import noise
+from .batch import HYPER, Turn
+from .chain import advance
+from .layout import BLOCK, Layout, layout_of
+from .techniques.base import Technique
+
+# Elements that run through the chain together: a dozen float32 matrices of them fit a CPU's cache.
+PIECE = 1 << 17
+NUMBERS = ("numel", "step", *HYPER)
+
+
+def run(chain: Sequence[Technique], turn: Turn) -> dict[str, Tensor]:
+    """One step of the turn's parameters; returns the report, `[active]` by name."""
+    reports = [_run_piece(chain, turn, piece) for piece in _pieces(turn)]
+    return {name: torch.cat([report[name] for report in reports]) for name in reports[0]}
+
+
+def _pieces(turn: Turn) -> Iterator[slice]:
+    start, filled = 0, 0
+    for end, param in enumerate(turn.params):
+        size = -(-param.numel() // BLOCK) * BLOCK
+        if filled and filled + size > PIECE:
+            yield slice(start, end)
+            start, filled = end, 0
+        filled += size
+    yield slice(start, len(turn.active))
+
+
+class _Blocks:
+    """A layout with this step's noise."""
+
+    def __init__(self, layout: Layout, seeds: Tensor, dtype: torch.dtype) -> None:
+        self._layout, self._seeds, self._dtype = layout, seeds, dtype
+
+    def sum(self, matrix: Tensor) -> Tensor:
+        return self._layout.sum(matrix)
+
+    def spread(self, per_tensor: Tensor) -> Tensor:
+        return self._layout.spread(per_tensor.to(self._dtype))
+
+    def largest(self, matrix: Tensor) -> Tensor:
+        return matrix.amax(1, keepdim=True)
+
+    def noise(self, number: int) -> Tensor:
+        return noise.draw(self._seeds[self._layout.owner], self._layout.block, number)
+
+
+def _run_piece(chain: Sequence[Technique], turn: Turn, piece: slice) -> dict[str, Tensor]:
+    variant = turn.batch.variant
+    params, entries = turn.params[piece], turn.entries[piece]
+    layout = layout_of(tuple(param.numel() for param in params), variant.device)
+    held = {}
+    for slot in variant.slots:
+        kept = [entry[slot.name] for entry in entries]
+        if slot.kind == "scalar":
+            held[slot.name] = torch.stack(kept).double()
+        elif slot.coded:
+            held[slot.name] = layout.gather(kept, torch.int32)
+            scales = torch.cat([entry[slot.scale] for entry in entries])
+            held[slot.scale] = scales.unsqueeze(1)
+        else:
+            held[slot.name] = layout.gather(kept, variant.maths)
+    numbers = turn.numbers[:, piece].to(variant.device)
+    keys = torch.tensor([entry["noise_key"] for entry in entries], dtype=torch.int32)
+    seeds = noise.seeds(keys, turn.numbers[1, piece]).to(variant.device)
+    new_p, after, report = advance(
+        chain,
+        variant,
+        held,
+        layout.gather(params, variant.maths),
+        layout.gather(turn.grads[piece], variant.maths),
+        dict(zip(NUMBERS, numbers.unbind(), strict=True)),
+        {key: factor[piece].to(variant.device) for key, factor in turn.factors.items()},
+        _Blocks(layout, seeds, variant.maths),
+    )
+    shapes = [param.shape for param in params]
+    torch._foreach_copy_(params, layout.split(new_p, shapes))
+    for slot in variant.slots:
+        if slot.name not in after:
+            continue
+        value = after[slot.name]
+        parts = list(value.unbind()) if slot.kind == "scalar" else layout.split(value, shapes)
+        torch._foreach_copy_([entry[slot.name] for entry in entries], parts)
+        if slot.coded:
+            parts = list(layout.split_blocks(after[slot.scale].squeeze(1)))
+            torch._foreach_copy_([entry[slot.scale] for entry in entries], parts)
+    return report

@@ -1,0 +1,240 @@
+"""A chain of techniques as a graph, and in which order a program has to go through it.
+
+The chain is run once on symbols (`torch.fx`). That gives a graph of elementwise operations, sums
+over tensors and maxima over blocks. Sums divide it into phases: what depends on a sum can only be
+known in a later pass over the tensor. Maxima divide a pass in the same way into loops over the
+block's elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..chain import Variant, advance
+from ..techniques.base import Technique
+
+PER_TENSOR = ("numel", "step", "lr", "beta1", "beta2", "eps", "weight_decay")
+
+
+class Level(IntEnum):
+    """What a value is one of: the program, a tensor, a block or an element."""
+
+    PROGRAM = 0
+    TENSOR = 1
+    BLOCK = 2
+    ELEMENT = 3
+
+
+# Stand-ins for what the layout does: the graph names them, the program has its own way.
+def tensor_sum(matrix: Any) -> Any: ...
+def spread(per_tensor: Any) -> Any: ...
+def block_max(matrix: Any) -> Any: ...
+def draw(number: Any) -> Any: ...
+
+
+_ALIASES = {"div": "truediv", "divide": "truediv", "max": "maximum", "min": "minimum"}
+_COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
+_COSTLY = {"truediv", "sqrt", "rsqrt", "reciprocal", "exp", "pow"}
+
+
+def name_of(node: fx.Node) -> str:
+    """The operation's name, however it was called: operator, function or method."""
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return _ALIASES.get(name, name)
+
+
+def only(node: fx.Node) -> fx.Node:
+    """The one argument of a sum or a maximum."""
+    (argument,) = node.all_input_nodes
+    return argument
+
+
+def number_kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "truth"
+    return "int" if isinstance(value, int) else "real"
+
+
+@dataclass
+class Value:
+    """What is known of a node: what it is one of, whether real, int or truth, and in which phase
+    it can be known."""
+
+    level: Level
+    kind: str
+    phase: int = 0
+
+
+class ChainGraph:
+    """The graph of a chain for one variant of tensors.
+
+    Attributes:
+        nodes: those that outputs depend on, each behind its arguments.
+        values: what is known of them.
+        inputs: the nodes that are given, by name.
+        outputs: the nodes that are written, by the name of what is held, and `p`.
+        report: the nodes that are reported per tensor.
+        factors: the techniques that ask for a factor, in the order of the inputs `factor0`, ….
+        last: the last phase, in which everything is written.
+        kept: nodes with a costly operation that several passes need, and the pass that makes them.
+    """
+
+    def __init__(self, chain: Sequence[Technique], variant: Variant) -> None:
+        self.variant = variant
+        self.values: dict[fx.Node, Value] = {}
+        self.inputs: dict[str, fx.Node] = {}
+        self.factors: list[Technique] = []
+        self._graph = fx.Graph()
+        self._tracer = fx.proxy.GraphAppendingTracer(self._graph)
+        self._run(chain)
+        roots = [*self.outputs.values(), *self.report.values()]
+        needed = self._behind(roots)
+        self.nodes = [node for node in self._graph.nodes if node in needed]
+        for node in self.nodes:
+            if node not in self.values:
+                self.values[node] = self._value_of(node)
+        self.sums = [node for node in self.nodes if node.target is tensor_sum]
+        elements = [n for n in self.outputs.values() if self.values[n].level != Level.TENSOR]
+        self.last = max(self.values[n].phase for n in [*elements, *map(only, self.sums)])
+        self.kept = self._choose_kept()
+
+    def roots(self, phase: int) -> list[fx.Node]:
+        """What the pass of a phase is made for: the terms of its sums, and in the last the
+        outputs."""
+        terms = [only(n) for n in self.sums if self.values[n].phase == phase + 1]
+        written = [n for n in self.outputs.values() if self.values[n].level != Level.TENSOR]
+        return terms + (written if phase == self.last else [])
+
+    def needed(self, phase: int) -> list[fx.Node]:
+        """The nodes of elements and blocks that the pass of a phase goes through, in order."""
+        loaded = {node for node, made in self.kept.items() if made < phase}
+        found = self._behind(self.roots(phase), stop=loaded)
+        return [node for node in self.nodes if node in found and self.values[node].level > 1]
+
+    def per_tensor(self, phase: int) -> list[fx.Node]:
+        """The nodes of tensors that can be known once `phase` passes are over, in order."""
+        return [
+            node
+            for node in self.nodes
+            if self.values[node].level == Level.TENSOR and self.values[node].phase == phase
+        ]
+
+    def _run(self, chain: Sequence[Technique]) -> None:
+        per_tensor = {name: self.given(name, Level.TENSOR) for name in PER_TENSOR}
+        p, grad = self.given("p", Level.ELEMENT), self.given("grad", Level.ELEMENT)
+        held = {}
+        for slot in self.variant.slots:
+            level = Level.TENSOR if slot.kind == "scalar" else Level.ELEMENT
+            held[slot.name] = self.given(slot.name, level, "int" if slot.coded else "real")
+            if slot.coded:
+                held[slot.scale] = self.given(slot.scale, Level.BLOCK)
+        results: Any = advance(chain, self.variant, held, p, grad, per_tensor, _Factors(self), self)
+        new_p, after, report = results
+        self.outputs = {"p": new_p.node} | {name: proxy.node for name, proxy in after.items()}
+        self.report = {name: proxy.node for name, proxy in report.items()}
+
+    def given(self, name: str, level: Level, kind: str = "real") -> Any:
+        """A symbol for an input."""
+        node = self._graph.placeholder(name)
+        self.inputs[name] = node
+        self.values[node] = Value(level, kind)
+        return fx.Proxy(node, self._tracer)
+
+    # The layout, as techniques and codes see it.
+
+    def sum(self, matrix: Tensor) -> Any:
+        return self._tracer.create_proxy("call_function", tensor_sum, (matrix,), {})
+
+    def spread(self, per_tensor: Tensor) -> Any:
+        return self._tracer.create_proxy("call_function", spread, (per_tensor,), {})
+
+    def largest(self, matrix: Tensor) -> Any:
+        return self._tracer.create_proxy("call_function", block_max, (matrix,), {})
+
+    def noise(self, number: int) -> Any:
+        return self._tracer.create_proxy("call_function", draw, (number,), {})
+
+    def _value_of(self, node: fx.Node) -> Value:
+        known = [self.values[arg] for arg in node.all_input_nodes]
+        level = max((value.level for value in known), default=Level.PROGRAM)
+        phase = max((value.phase for value in known), default=0)
+        name = name_of(node)
+        if node.target is tensor_sum:
+            return Value(Level.TENSOR, "real", phase + 1)
+        if node.target is block_max:
+            return Value(Level.BLOCK, "real", phase)
+        if node.target is draw:
+            return Value(Level.ELEMENT, "int", phase)
+        if name in _COMPARISONS:
+            return Value(level, "truth", phase)
+        if name in ("view", "to", "float", "int"):
+            to = node.args[1] if len(node.args) > 1 else None
+            return Value(level, "int" if name == "int" or to == torch.int32 else "real", phase)
+        operands = node.args[1:] if name == "where" else node.args
+        kinds = {
+            self.values[arg].kind if isinstance(arg, fx.Node) else number_kind(arg)
+            for arg in operands
+        }
+        return Value(level, next(k for k in ("real", "int", "truth") if k in kinds), phase)
+
+    def _behind(
+        self, roots: Iterable[fx.Node], stop: Iterable[fx.Node] | None = None
+    ) -> set[fx.Node]:
+        """The roots and all they depend on. With `stop`, only what a pass computes: not what lies
+        behind those nodes, nor behind what is known per tensor."""
+        found: set[fx.Node] = set()
+        ends, todo = set(stop or ()), list(roots)
+        while todo:
+            node = todo.pop()
+            if node in found:
+                continue
+            found.add(node)
+            per_tensor = stop is not None and self.values[node].level == Level.TENSOR
+            if node not in ends and not per_tensor:
+                todo.extend(node.all_input_nodes)
+        return found
+
+    def _choose_kept(self) -> dict[fx.Node, int]:
+        """Where each costly operation's chain of single uses ends, if several passes need it."""
+        self.kept = {}
+        passes = {phase: set(self.needed(phase)) for phase in range(self.last + 1)}
+        kept = {}
+        for node in self.nodes:
+            if self.values[node].level != Level.ELEMENT or name_of(node) not in _COSTLY:
+                continue
+            end = self._end_of_line(node)
+            needing = [phase for phase, some in passes.items() if end in some]
+            if len(needing) > 1:
+                kept[end] = needing[0]
+        return kept
+
+    def _end_of_line(self, node: fx.Node) -> fx.Node:
+        def users(node: fx.Node) -> list[fx.Node]:
+            return [user for user in node.users if user in self.values]
+
+        written = set(self.outputs.values())
+        while node not in written and len(following := users(node)) == 1:
+            if self.values[following[0]].level != Level.ELEMENT:
+                break
+            node = following[0]
+        return node
+
+
+class _Factors(dict[Technique, Any]):
+    """A factor for each technique that asks for it."""
+
+    def __init__(self, graph: ChainGraph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def __missing__(self, technique: Technique) -> Any:
+        factors = self._graph.factors
+        self[technique] = self._graph.given(f"factor{len(factors)}", Level.TENSOR)
+        factors.append(technique)
+        return self[technique]

@@ -1,0 +1,176 @@
+// Sixteen float32 lanes, as compilers' vector extensions give them: one AVX-512 register, two of
+// AVX2, four of NEON. Rules that the chain is written in map to these functions one by one.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+constexpr int LANES = 16;
+constexpr int BLOCK = 256;
+
+typedef float V __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef double D __attribute__((vector_size(64)));  // eight lanes
+typedef float Half __attribute__((vector_size(32)));
+
+template <class To, class From>
+static inline To as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "a view of the same size");
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+static inline V splat(float x) { return V{} + x; }
+static inline I splat_int(int32_t x) { return I{} + x; }
+static inline V to_float(I x) { return __builtin_convertvector(x, V); }
+static inline float to_float(int32_t x) { return static_cast<float>(x); }
+static inline double to_float(double x) { return x; }
+static inline V to_float(V x) { return x; }
+static inline float to_float(float x) { return x; }
+static inline I to_int(V x) { return __builtin_convertvector(x, I); }
+static inline I to_int(I x) { return x; }
+
+// A truth value is a mask: all bits or none, for each lane.
+static inline V where(I c, V a, V b) { return c ? a : b; }
+static inline I where(I c, I a, I b) { return c ? a : b; }
+static inline float where(bool c, float a, float b) { return c ? a : b; }
+static inline double where(bool c, double a, double b) { return c ? a : b; }
+
+static inline V magnitude(V x) { return as<V>(as<I>(x) & 0x7fffffff); }
+static inline I magnitude(I x) { return x < 0 ? -x : x; }
+static inline float magnitude(float x) { return std::fabs(x); }
+static inline double magnitude(double x) { return std::fabs(x); }
+
+#if defined(__AVX512F__)
+static inline V larger(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline V smaller(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+static inline V larger(V a, V b) { return a > b ? a : b; }
+static inline V smaller(V a, V b) { return a < b ? a : b; }
+#endif
+static inline I larger(I a, I b) { return a > b ? a : b; }
+static inline float larger(float a, float b) { return a > b ? a : b; }
+static inline double larger(double a, double b) { return a > b ? a : b; }
+static inline I smaller(I a, I b) { return a < b ? a : b; }
+static inline float smaller(float a, float b) { return a < b ? a : b; }
+static inline double smaller(double a, double b) { return a < b ? a : b; }
+
+template <class X>
+static inline X sign_of(X x) {
+  X zero{}, one = zero + 1;
+  return x > 0 ? one : (x < 0 ? -one : zero);
+}
+
+static inline float root(float x) { return std::sqrt(x); }
+static inline double root(double x) { return std::sqrt(x); }
+static inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+static inline double inverse_root(double x) { return 1.0 / std::sqrt(x); }
+#if defined(__AVX512F__)
+static inline V root(V x) { return (V)_mm512_sqrt_ps((__m512)x); }
+// The 14 bits of the table, doubled by a Newton step; x is a normal number.
+static inline V inverse_root(V x) {
+  V y = (V)_mm512_rsqrt14_ps((__m512)x);
+  return y * (1.5f - 0.5f * x * y * y);
+}
+#else
+static inline V root(V x) {
+  for (int l = 0; l < LANES; ++l) x[l] = std::sqrt(x[l]);
+  return x;
+}
+static inline V inverse_root(V x) { return 1.0f / root(x); }
+#endif
+
+static inline double power(double x, double y) { return std::pow(x, y); }
+static inline float power(float x, float y) { return std::pow(x, y); }
+static inline V power(V x, V y) {
+  for (int l = 0; l < LANES; ++l) x[l] = std::pow(x[l], y[l]);
+  return x;
+}
+static inline double exponential(double x) { return std::exp(x); }
+static inline float exponential(float x) { return std::exp(x); }
+static inline V exponential(V x) {
+  for (int l = 0; l < LANES; ++l) x[l] = std::exp(x[l]);
+  return x;
+}
+
+// Memory to lanes and back. What lies there is told by the type of the pointer.
+struct bfloat { uint16_t bits; };
+
+static inline V load(const float* at) { V x; std::memcpy(&x, at, sizeof x); return x; }
+static inline void store(float* at, V x) { std::memcpy(at, &x, sizeof x); }
+
+#if defined(__AVX512F__)  // compilers take the general way below apart into single numbers
+static inline I load(const int8_t* at) {
+  return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at));
+}
+static inline I load(const uint8_t* at) {
+  return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));
+}
+static inline I load(const uint16_t* at) {
+  return (I)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
+}
+static inline void store_bytes(void* at, I x) {
+  _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8((__m512i)x));
+}
+static inline void store_halves(void* at, I x) {
+  _mm256_storeu_si256((__m256i*)at, _mm512_cvtepi32_epi16((__m512i)x));
+}
+#else
+template <class Number>
+static inline I widen(const Number* at) {
+  I x;
+  for (int l = 0; l < LANES; ++l) x[l] = at[l];
+  return x;
+}
+template <class Number>
+static inline void narrow(Number* at, I x) {
+  for (int l = 0; l < LANES; ++l) at[l] = static_cast<Number>(x[l]);
+}
+static inline I load(const int8_t* at) { return widen(at); }
+static inline I load(const uint8_t* at) { return widen(at); }
+static inline I load(const uint16_t* at) { return widen(at); }
+static inline void store_bytes(void* at, I x) { narrow((uint8_t*)at, x & 0xff); }
+static inline void store_halves(void* at, I x) { narrow((uint16_t*)at, x & 0xffff); }
+#endif
+static inline void store(int8_t* at, I x) { store_bytes(at, x); }
+static inline void store(uint8_t* at, I x) { store_bytes(at, x); }
+static inline V load(const bfloat* at) { return as<V>(load(&at->bits) << 16); }
+// What is stored as bfloat16 was rounded to it: the lower half of the bits is nothing.
+static inline void store(bfloat* at, V x) { store_halves(at, as<I>(x) >> 16); }
+
+// A sum: float32 within a block, float64 over blocks.
+struct Sum {
+  D low{}, high{};
+  void add(V x) {
+    Half halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    low += __builtin_convertvector(halves[0], D);
+    high += __builtin_convertvector(halves[1], D);
+  }
+  double total() const {
+    D both = low + high;
+    double x = 0;
+    for (int l = 0; l < LANES / 2; ++l) x += both[l];
+    return x;
+  }
+};
+
+static inline float largest(V x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#endif
+  float y = x[0];
+  for (int l = 1; l < LANES; ++l) y = larger(y, x[l]);
+  return y;
+}
+
+// The seed of a block's noise: the same hash as in noise.py.
+static inline uint32_t scramble(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
