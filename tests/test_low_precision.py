@@ -14,6 +14,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "nothing on": NOTHING_ON,
     "defaults without names": {"use_alora": False, "dynamic_weight_decay": False},
 }
+pytestmark = pytest.mark.slow
 each_switches = pytest.mark.parametrize("switches", SWITCHES.values(), ids=list(SWITCHES))
 
 

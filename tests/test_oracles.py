@@ -2,10 +2,9 @@
 
 Both sides get the same parameters and, whatever these become, the same gradients, so rounding
 cannot feed on itself. A step then adds to a parameter p a rounding error of at most 2⁻²⁴·|p|, and
-some 10·2⁻²⁴ of the step itself, which is about lr = 0.01: over 50 steps at most 3e-6 of |p|. Of
-this float64 leaves only that the learning rate is kept as a float32 number: 2⁻²⁴ of a way of at
-most 50·lr = 0.5, 3e-8. Errors are in units of a tensor's largest entry (2 to 4 in most), as small
-entries may be differences of large ones.
+some 10·2⁻²⁴ of the step itself, which is about lr = 0.01: over 50 steps at most 3e-6 of |p|, and in
+float64 2²⁹ times less: 6e-15. Errors are in units of a tensor's largest entry, as small entries may
+be differences of large ones.
 
 Without a counterpart in an installed package, and so in `test_techniques.py` alone: adaptive
 gradient regularization, selective projection, pair scaling and the schedule of weight decay (but
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 LR, BETAS, EPS, DECAY, STEPS = 0.01, (0.9, 0.99), 1e-3, 0.05, 50  # ε large enough to act
 SHAPES = ((), (1,), (7,), (16, 24), (6, 5, 3, 3), (130, 70), (2, 1, 513))
 COMMON: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
-TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-8}
+TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-14}
 
 Oracle = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -190,6 +189,7 @@ def test_torque_aware_momentum_of_single_elements(backend, tam_beta):
     number an element, of the product of the two, each normalised along the first dimension: only
     for a tensor of one element is that the cosine. It also does without 1 − β₁ and without bias
     correction, which a learning rate that changes with the step makes good (ε is too small to act).
+    Ours keeps ŝ as a float32 number.
     """
     library = pytest.importorskip("pytorch_optimizer")
     generator = torch.Generator().manual_seed(0)
@@ -209,7 +209,7 @@ def test_torque_aware_momentum_of_single_elements(backend, tam_beta):
         for optimizer in ending:
             optimizer.step()
     got, expected = torch.stack(ours).detach(), torch.stack(theirs).detach()
-    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
 
 
 @each_backend
@@ -256,15 +256,18 @@ def combined(backend: str, on: tuple[bool, ...]) -> Tensor:
     return torch.cat([p.detach().flatten() for p in params.values()])
 
 
-@each_backend
-def test_every_switch_acts_in_every_combination(backend):
-    """All 512 are finite, and each differs from the nine that differ from it in one switch."""
-    ends = {
-        on: combined(backend, on) for on in itertools.product((False, True), repeat=len(SWITCHES))
-    }
+@pytest.mark.parametrize(
+    ("backend", "counts"),
+    [pytest.param("compiled", (8, 9), marks=pytest.mark.slow), ("eager", range(10))],
+)
+def test_every_switch_acts_in_every_combination(backend, counts):
+    """All 512 are finite, and each differs from the nine that differ from it in one switch. As
+    machine code, each takes seconds to compile: all, and all but one."""
+    all_of_them = itertools.product((False, True), repeat=len(SWITCHES))
+    ends = {on: combined(backend, on) for on in all_of_them if sum(on) in counts}
     for on, end in ends.items():
         assert end.isfinite().all(), on
         for i, switch in enumerate(SWITCHES):
-            if not on[i]:
-                change = (end - ends[(*on[:i], True, *on[i + 1 :])]).abs().max()
-                assert change > 1e-4 * LR, (switch, on)
+            other = (*on[:i], True, *on[i + 1 :])
+            if not on[i] and other in ends:
+                assert (end - ends[other]).abs().max() > 1e-4 * LR, (switch, on)
