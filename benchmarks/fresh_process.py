@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import os
 import statistics
@@ -23,6 +22,8 @@ import torch
 from contenders import BY_KEY, LR, REFERENCE
 from stopwatch import Runner
 from workload import Workload, sdxl_lora
+
+from library.optim.native.build import compilations
 
 # Where compiled code is kept: ours, and torch.compile's.
 CACHES = ("HINA_CACHE", "TORCHINDUCTOR_CACHE_DIR")
@@ -61,7 +62,6 @@ def _run(
 def _tell_compile_cost(key: str, workload: Workload, steps: int) -> dict[str, Any]:
     """`steps` steps as in training: a cosine schedule, half way through it the decay's transition,
     and now and then gradients that are missing, a few or half of them."""
-    compilations = importlib.import_module("library.optim.native").compilations
     # What the first step of any optimizer makes torch import is not counted.
     Runner(REFERENCE, Workload(sdxl_lora(1))).step_on_same_gradients()
     parameters = workload.new_parameters()
