@@ -40,7 +40,7 @@ def test_codes_are_near_and_never_lose_a_positive(seed, spread, kind):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3, BLOCK, generator=generator).mul(spread).exp() * 1e-8
     x = x * torch.randn(3, BLOCK, generator=generator).sign() if kind == "signed" else x
-    some = torch.randint(65536, x.shape, generator=generator, dtype=torch.int32)
+    some = torch.randint(2**20, x.shape, generator=generator, dtype=torch.int32)
     back = there_and_back(x, kind, some)
     # Not further than from one code to the next: a share of the value, or of the even part.
     floor = x.abs().amax(1, keepdim=True) * 1.1 * 2.0 ** -OCTAVES[kind]
@@ -54,7 +54,7 @@ def test_codes_are_near_and_never_lose_a_positive(seed, spread, kind):
 def test_zero_and_the_largest_are_kept(kind):
     x = torch.zeros(2, BLOCK)
     x[1, 3] = 0.7
-    back = there_and_back(x, kind, torch.full(x.shape, 65535))
+    back = there_and_back(x, kind, torch.full(x.shape, 2**20 - 1))
     assert not back[0].any()
     assert back[1, 3].item() == pytest.approx(0.7, rel=1e-6)
     assert (there_and_back(x, kind)[1] <= x[1] + 0.7 * 2.0**-19).all()

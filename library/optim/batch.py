@@ -1,16 +1,18 @@
-"""Parameters that run through the chain together, and what the chain is told of each."""
+"""Parameters that run through the chain together, and what takes part in one step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from operator import is_, itemgetter
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .chain import Variant
+from .roles import family_of
 from .techniques.base import Technique
 
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay")
@@ -20,123 +22,167 @@ class Batch:
     """All parameters of one variant, in the optimizer's order.
 
     Attributes:
-        params, families, groups, positions: of each parameter, the tensor, the family of its role,
-            the index of its group and its place among all of the optimizer's.
+        params, roles, groups, positions: of each parameter, the tensor, its role, the index of its
+            group and its place among all of the optimizer's.
         entries: the optimizer's state of each, empty before its first gradient.
     """
 
-    def __init__(
-        self,
-        variant: Variant,
-        params: Sequence[Tensor],
-        families: Sequence[str],
-        groups: Sequence[int],
-        positions: Sequence[int],
-        entries: Sequence[dict[str, Any]],
-    ) -> None:
+    def __init__(self, variant: Variant) -> None:
         self.variant = variant
-        self.params = list(params)
-        self.families = list(families)
-        self.groups = torch.tensor(groups)
-        self.positions = list(positions)
-        self.entries = list(entries)
-        self.numel = torch.tensor([param.numel() for param in params], dtype=torch.float64)
-        self._addresses = [param.data_ptr() for param in params]
-        self.names = [n for slot in variant.slots for n in slot.names]
-        self._held: list[list[Tensor | None]] = [[None] * len(params) for _ in self.names]
+        self.params: list[Tensor] = []
+        self.roles: list[str] = []
+        self.groups: list[int] = []
+        self.positions: list[int] = []
+        self.entries: list[dict[str, Any]] = []
+        self._addresses: list[int] = []
+        self._names = [name for slot in variant.slots for name in slot.names]
+        self._held: list[list[Tensor | None]] = [[] for _ in self._names]
+        self._begun = 0
 
-    def adopt(self, index: int) -> None:
-        """Note the tensors that are now held of a parameter."""
-        for column, name in zip(self._held, self.names, strict=True):
-            column[index] = self.entries[index][name]
+    def add(
+        self, param: Tensor, role: str, group: int, position: int, entry: dict[str, Any]
+    ) -> None:
+        """Take a parameter in; `entry` is its state, or empty."""
+        self.params.append(param)
+        self.roles.append(role)
+        self.groups.append(group)
+        self.positions.append(position)
+        self.entries.append({})
+        self._addresses.append(param.data_ptr())
+        for column in self._held:
+            column.append(None)
+        if entry:
+            self.begin(len(self.params) - 1, entry)
+
+    def begin(self, index: int, entry: dict[str, Any]) -> None:
+        """Note the state of a parameter, and which tensors it holds."""
+        self.entries[index] = entry
+        for column, name in zip(self._held, self._names, strict=True):
+            column[index] = entry[name]
+        self._begun += 1
 
     def is_as_before(self) -> bool:
         """Whether parameters and their state still lie where they did.
 
-        A parameter moves with `.to()`, its state where a program takes it to another device or
-        replaces it.
+        A parameter moves with `.to()`, its state where a program takes it to another device or puts
+        another in its place.
         """
-        dtype, device = self.variant.dtype, self.variant.device
-        if [param.data_ptr() for param in self.params] != self._addresses:
-            return False
-        if not all(p.dtype is dtype and p.device == device for p in self.params):
-            return False
-        begun = [k for k, entry in enumerate(self.entries) if entry]
-        entries = [self.entries[k] for k in begun]
-        if any(name not in entry for entry in entries for name in self.names):
-            return False
-        for name, column in zip(self.names, self._held, strict=True):
-            noted = column if len(begun) == len(column) else [column[k] for k in begun]
-            if not all(map(is_, map(itemgetter(name), entries), noted)):
-                return False
-        return True
+        stayed = (
+            list(map(Tensor.data_ptr, self.params)) == self._addresses
+            and set(map(attrgetter("dtype"), self.params)) == {self.variant.dtype}
+            and set(map(attrgetter("device"), self.params)) == {self.variant.device}
+        )
+        entries, columns = self.entries, self._held
+        if self._begun < len(entries):
+            entries = [entry for entry in entries if entry]
+            columns = [[held for held in column if held is not None] for column in columns]
+        return stayed and all(
+            all(map(is_, map(itemgetter(name), entries), column))
+            for name, column in zip(self._names, columns, strict=True)
+        )
+
+    @cached_property
+    def numel(self) -> Tensor:
+        """`[parameters]` int64."""
+        return torch.tensor([param.numel() for param in self.params])
+
+    @cached_property
+    def group_index(self) -> Tensor:
+        """`[parameters]`: the index of each one's group."""
+        return torch.tensor(self.groups)
+
+    @cached_property
+    def position_index(self) -> Tensor:
+        """`[parameters]`: each one's place among all of the optimizer's."""
+        return torch.tensor(self.positions)
+
+    @cached_property
+    def families(self) -> list[str]:
+        """The family of each one's role."""
+        return [family_of(role) for role in self.roles]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turn:
     """What of a batch takes part in one step.
 
     Attributes:
-        active: indices of the parameters that have a gradient.
-        grads: their gradients.
+        index: `[active]`, which parameters have a gradient; a slice where all have.
+        params, entries, roles: those parameters, and what the batch knows of them.
+        grads: their gradients, contiguous and of the parameters' type.
         numbers: float64 `[7, active]`: `numel`, `step` and the group's hyper-parameters.
         factors: of each technique that has one, float64 `[active]`.
     """
 
     batch: Batch
-    active: list[int]
+    index: Tensor | slice
+    params: list[Tensor]
+    entries: list[dict[str, Any]]
+    roles: list[str]
     grads: list[Tensor]
-    numbers: Tensor
-    factors: Mapping[Technique, Tensor]
+    numbers: Tensor = field(init=False)
+    factors: dict[Technique, Tensor] = field(default_factory=dict)
 
-    @property
-    def params(self) -> list[Tensor]:
-        return [self.batch.params[k] for k in self.active]
+    def tell(
+        self,
+        groups: Sequence[dict[str, Any]],
+        chain: Sequence[Technique],
+        prepared: Mapping[Technique, Tensor],
+    ) -> None:
+        """Fill in what the chain is told per tensor; the steps are counted on."""
+        steps = [step + 1 for step in map(itemgetter("step"), self.entries)]
+        hyper = torch.tensor([_hyper(group) for group in groups], dtype=torch.float64)
+        rows = [self.batch.numel[self.index].double(), torch.tensor(steps, dtype=torch.float64)]
+        self.numbers = torch.cat(
+            [torch.stack(rows), hyper[self.batch.group_index[self.index]].T]
+        ).contiguous()
+        for technique in chain:
+            if not technique.has_factor:
+                continue
+            factor = prepared.get(technique)
+            if factor is None:
+                self.factors[technique] = self._schedule(technique, steps)
+            else:
+                positions = self.batch.position_index[self.index]
+                self.factors[technique] = factor.to("cpu")[positions]
 
-    @property
-    def entries(self) -> list[dict[str, Any]]:
-        return [self.batch.entries[k] for k in self.active]
+    def _schedule(self, technique: Technique, steps: list[int]) -> Tensor:
+        """A technique's factors; it is asked once for each family and step that occur."""
+        families = self.batch.families
+        if not isinstance(self.index, slice):
+            families = [families[k] for k in self.index.tolist()]
+        if len(set(steps)) == 1:
+            values = {family: technique.schedule(family, steps[0]) for family in set(families)}
+            return torch.tensor([values[family] for family in families], dtype=torch.float64)
+        places = list(zip(families, steps, strict=True))
+        known = {place: technique.schedule(*place) for place in set(places)}
+        return torch.tensor([known[place] for place in places], dtype=torch.float64)
 
 
-def make_turn(
-    batch: Batch,
-    active: list[int],
-    grads: list[Tensor],
-    groups: Sequence[dict[str, Any]],
-    chain: Sequence[Technique],
-    prepared: Mapping[Technique, Tensor],
-) -> Turn:
-    """What the chain is told of the parameters that have a gradient, their steps counted on."""
+def make_turn(batch: Batch) -> Turn | None:
+    """The parameters of a batch that have a gradient; None if none has."""
+    grads = [param.grad for param in batch.params]
+    if all(grad is not None for grad in grads):
+        lists = (batch.params, batch.entries, batch.roles)
+        return Turn(batch, slice(None), *lists, _pack(grads, batch.variant))
+    active = [k for k, grad in enumerate(grads) if grad is not None]
+    if not active:
+        return None
+    params = [batch.params[k] for k in active]
     entries = [batch.entries[k] for k in active]
-    index = torch.tensor(active)
-    steps = [entry["step"] + 1 for entry in entries]
-    hyper = torch.tensor([_hyper(group) for group in groups], dtype=torch.float64)
-    numbers = torch.cat(
-        [
-            batch.numel[index][None],
-            torch.tensor(steps, dtype=torch.float64)[None],
-            hyper[batch.groups[index]].T,
-        ]
-    )
-    factors = {}
-    for technique in chain:
-        if not technique.has_factor:
-            continue
-        factor = prepared.get(technique)
-        if factor is not None:
-            positions = torch.tensor([batch.positions[k] for k in active])
-            factors[technique] = factor.to("cpu")[positions]
-        else:
-            factors[technique] = _schedule(technique, batch, active, steps)
-    return Turn(batch, active, grads, numbers, factors)
+    roles = [batch.roles[k] for k in active]
+    packed = _pack([grads[k] for k in active], batch.variant)
+    return Turn(batch, torch.tensor(active), params, entries, roles, packed)
+
+
+def _pack(grads: Sequence[Tensor | None], variant: Variant) -> list[Tensor]:
+    """Contiguous gradients of the parameters' type; most are already."""
+    given = [grad for grad in grads if grad is not None]
+    dtypes = set(map(attrgetter("dtype"), given))
+    if dtypes == {variant.dtype} and all(map(Tensor.is_contiguous, given)):
+        return given
+    return [grad.to(variant.dtype).contiguous() for grad in given]
 
 
 def _hyper(group: dict[str, Any]) -> list[float]:
     return [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
-
-
-def _schedule(technique: Technique, batch: Batch, active: list[int], steps: list[int]) -> Tensor:
-    """The technique's factors; asked once for each family and step that occur."""
-    places = [(batch.families[k], step) for k, step in zip(active, steps, strict=True)]
-    values = {place: technique.schedule(*place) for place in set(places)}
-    return torch.tensor([values[place] for place in places], dtype=torch.float64)

@@ -29,7 +29,7 @@ class Blocks(Protocol):
         ...
 
     def noise(self, number: int) -> Tensor:
-        """int32 in [0, 65536), the `number`-th draw of this step."""
+        """int32 of 20 bits, the `number`-th draw of this step."""
         ...
 
 

@@ -37,7 +37,7 @@ def _pieces(turn: Turn) -> Iterator[slice]:
             yield slice(start, end)
             start, filled = end, 0
         filled += size
-    yield slice(start, len(turn.active))
+    yield slice(start, len(turn.params))
 
 
 class _Blocks:

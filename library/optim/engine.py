@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,12 +30,13 @@ from .arguments import (
     plain,
     whole_number,
 )
-from .batch import Batch, make_turn
+from .batch import Batch, Turn, make_turn
 from .chain import Variant
 from .finite import all_finite
 from .native import build
-from .native.run import NativeChain, can_run
-from .roles import Roles, family_of, group_names
+from .native import functions as native
+from .native.run import NativeChain
+from .roles import Roles, group_names
 from .state import Kind
 from .techniques.base import TINY, Technique
 
@@ -176,8 +177,9 @@ class ChainOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = self._gradients()
-        if not self._all_finite(grads):
+        self._check_groups()
+        turns = [turn for batch in self._batches_now() if (turn := make_turn(batch)) is not None]
+        if not self._all_finite(turns):
             self.skipped_steps += 1
             return loss
         # Before any parameter moves: a pair's halves may lie in different batches.
@@ -186,9 +188,7 @@ class ChainOptimizer(torch.optim.Optimizer):
             for technique in self.chain
             if (factor := technique.prepare(self.roles, self._may_compile)) is not None
         }
-        self.last_step = []
-        for batch in self._batches_now():
-            self._advance(batch, grads, prepared)
+        self.last_step = [self._advance(turn, prepared) for turn in turns]
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -247,43 +247,35 @@ class ChainOptimizer(torch.optim.Optimizer):
         self._roles = None
         self._batches, self._native, self._seen, self.last_step = [], {}, [], []
 
-    def _gradients(self) -> dict[int, Tensor]:
-        """The gradients by the parameter's position.
-
-        Raises:
-            ValueError: a learning rate that is not finite.
-            RuntimeError: a sparse gradient.
-        """
-        grads, position = {}, 0
+    def _check_groups(self) -> None:
+        """Refuse learning rates that are not finite, and sparse gradients."""
         for index, group in enumerate(self.param_groups):
             if not math.isfinite(group["lr"]):
                 raise ValueError(f"The learning rate of parameter group {index} is {group['lr']}.")
-            for param in group["params"]:
-                grad = param.grad
-                if grad is not None and grad.numel():
-                    if grad.layout is not torch.strided:
-                        raise RuntimeError(
-                            f"{type(self).__name__} does not take sparse gradients; "
-                            f"{self.roles.call(param)} has one."
-                        )
-                    grads[position] = grad
-                position += 1
-        return grads
+            grads = [grad for param in group["params"] if (grad := param.grad) is not None]
+            if set(map(attrgetter("layout"), grads)) <= {torch.strided}:
+                continue
+            sparse = next(p for p in group["params"] if p.grad is not None and p.grad.is_sparse)
+            raise RuntimeError(
+                f"{type(self).__name__} does not take sparse gradients; "
+                f"{self.roles.call(sparse)} has one."
+            )
 
-    def _all_finite(self, grads: Mapping[int, Tensor]) -> bool:
+    def _all_finite(self, turns: Sequence[Turn]) -> bool:
         """Whether every gradient is finite; if not, and steps are not to be skipped, an error."""
-        if all_finite(list(grads.values()), compiled=self._may_compile):
+        if all_finite(turns, self._may_compile):
             return True
         if self.nonfinite == "raise":
-            params = [param for group in self.param_groups for param in group["params"]]
             broken = [
-                self.roles.call(params[position])
-                for position, grad in grads.items()
+                (self.roles.position[param], self.roles.call(param))
+                for turn in turns
+                for param, grad in zip(turn.params, turn.grads, strict=True)
                 if not bool(grad.isfinite().all())
             ]
-            more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
+            names = [name for _, name in sorted(broken)]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise NonFiniteGradientError(
-                f"NaN or infinity in the gradient of {', '.join(broken[:8])}{more}. Parameters and "
+                f"NaN or infinity in the gradient of {', '.join(names[:8])}{more}. Parameters and "
                 "optimizer state are unchanged."
             )
         return False
@@ -312,46 +304,36 @@ class ChainOptimizer(torch.optim.Optimizer):
 
     def _batches_now(self) -> list[Batch]:
         """All parameters in batches; made anew where a parameter or its state has moved."""
-        state = list(map(id, self.state.values()))
-        if self._batches and state == self._seen and all(b.is_as_before() for b in self._batches):
+        seen = list(map(id, self.state.values()))
+        if self._batches and seen == self._seen and all(b.is_as_before() for b in self._batches):
             return self._batches
-        members: dict[Variant, list[tuple[Tensor, str, int, int]]] = defaultdict(list)
+        batches: dict[Variant, Batch] = {}
         position = 0
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 if param.numel():
-                    family = family_of(self.roles.role[param])
-                    members[self._variant(param)].append((param, family, index, position))
+                    variant = self._variant(param)
+                    batch = batches.setdefault(variant, Batch(variant))
+                    entry = self.state.get(param, {})
+                    if entry:
+                        checkpoint.complete(self, param)
+                    batch.add(param, self.roles.role[param], index, position, entry)
                 position += 1
-        self._batches, self._native = [], {}
-        for variant, some in members.items():
-            params, families, groups, positions = zip(*some, strict=True)
-            entries = [self.state.get(param, {}) for param in params]
-            batch = Batch(variant, params, families, groups, positions, entries)
-            for k, (param, entry) in enumerate(zip(params, entries, strict=True)):
-                if entry:
-                    checkpoint.complete(self, param)
-                    batch.adopt(k)
-            self._batches.append(batch)
-        self._seen = list(map(id, self.state.values()))
+        self._batches, self._native, self._seen = list(batches.values()), {}, seen
         return self._batches
 
-    def _advance(
-        self, batch: Batch, grads: Mapping[int, Tensor], prepared: Mapping[Technique, Tensor]
-    ) -> None:
-        """One step of a batch's parameters that have a gradient."""
-        active = [k for k, position in enumerate(batch.positions) if position in grads]
-        if not active:
-            return
-        for k in active:
-            if not batch.entries[k]:
-                checkpoint.complete(self, batch.params[k])
-                batch.entries[k] = self.state[batch.params[k]]
-                batch.adopt(k)
-                self._seen.append(id(batch.entries[k]))
-        some = [grads[batch.positions[k]] for k in active]
-        turn = make_turn(batch, active, some, self.param_groups, self.chain, prepared)
-        if self._may_compile and can_run(batch.variant):
+    def _advance(self, turn: Turn, prepared: Mapping[Technique, Tensor]) -> StepRecord:
+        """One step of the parameters of a turn."""
+        batch = turn.batch
+        for k, (param, entry) in enumerate(zip(turn.params, turn.entries, strict=True)):
+            if not entry:
+                checkpoint.complete(self, param)
+                turn.entries[k] = self.state[param]
+                whole = k if isinstance(turn.index, slice) else int(turn.index[k])
+                batch.begin(whole, self.state[param])
+                self._seen.append(id(self.state[param]))
+        turn.tell(self.param_groups, self.chain, prepared)
+        if self._may_compile and native.fits(batch.variant.device, batch.variant.dtype):
             if batch not in self._native:
                 self._native[batch] = NativeChain(self.chain, batch)
             report = self._native[batch].run(turn)
@@ -359,7 +341,7 @@ class ChainOptimizer(torch.optim.Optimizer):
             report = eager.run(self.chain, turn)
         for entry in turn.entries:
             entry["step"] += 1
-        self.last_step.append(StepRecord([self.roles.role[p] for p in turn.params], report))
+        return StepRecord(turn.roles, report)
 
 
 @lru_cache(maxsize=1)

@@ -8,25 +8,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .batch import Turn
 from .native import functions as native
 
 
-def all_finite(tensors: Sequence[Tensor], compiled: bool) -> bool:
-    """Whether every number in all tensors is finite: at most one synchronisation with a device.
+def all_finite(turns: Sequence[Turn], compiled: bool) -> bool:
+    """Whether every gradient is finite: at most one synchronisation with a device.
 
     Args:
         compiled: whether machine code may be used for what lies on the processor.
     """
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-    fast = []
-    for tensor in tensors:
-        if compiled and native.can_check(tensor):
-            fast.append(tensor)
+    others: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for turn in turns:
+        if compiled and native.fits(turn.batch.variant.device, turn.batch.variant.dtype):
+            if not native.all_finite(turn.grads, turn.batch.numel[turn.index]):
+                return False
         else:
-            by_device[tensor.device].append(tensor)
-    if fast and not native.all_finite(fast):
-        return False
-    return all(_all_finite(some) for some in by_device.values())
+            others[turn.batch.variant.device].extend(turn.grads)
+    return all(_all_finite(some) for some in others.values())
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:

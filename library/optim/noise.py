@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 TABLE = 1 << 15
+BITS = 20
 STREAM = 0x85EBCA77  # spaces the draws of a step
 SPACING = 0x9E3779B1  # the golden ratio: neighbouring blocks far apart
 _MASK32 = 0xFFFFFFFF
@@ -37,12 +38,13 @@ def scramble(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def table(device: torch.device) -> Tensor:
-    """`[32768 + 256]` int32: odd numbers below 65536 in disorder, the first 256 again at the end.
+    """`[32768 + 256]` int32: evenly spaced numbers of 20 bits in disorder, the first 256 again at
+    the end.
 
-    Their mean is 32768, so that rounding by them is unbiased exactly.
+    Their mean is 2¹⁹, so that rounding by them is unbiased exactly.
     """
     order = scramble(torch.arange(TABLE, dtype=torch.int32)).argsort()
-    numbers = (order * 2 + 1).to(torch.int32)
+    numbers = ((2 * order + 1) * ((1 << BITS) // (2 * TABLE))).to(torch.int32)
     return torch.cat([numbers, numbers[:256]]).to(device)
 
 
@@ -52,7 +54,7 @@ def seeds(keys: Tensor, steps: Tensor) -> Tensor:
 
 
 def draw(seed: Tensor, block: Tensor, number: int) -> Tensor:
-    """The `number`-th noise of this step, int32 `[blocks, 256]` in [0, 65536).
+    """The `number`-th noise of this step, int32 `[blocks, 256]` of 20 bits.
 
     Args:
         seed: int32 `[blocks]`, the seed of each block's tensor.
@@ -72,17 +74,17 @@ def round_to(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     rounded to it. The result is still float32.
 
     Args:
-        noise: int32 in [0, 65536), of the shape of `x`.
+        noise: int32 of 20 bits, of the shape of `x`.
     """
     if dtype == torch.bfloat16:
         # bfloat16 is the upper half of float32: noise below, then cut.
-        return ((x.view(torch.int32) + noise) & -65536).view(torch.float32)
+        return ((x.view(torch.int32) + (noise >> (BITS - 16))) & -65536).view(torch.float32)
     # float16 has subnormals inside float32's normal range, so the spacing is computed.
     _, exponent = torch.frexp(x)
     spacing = (exponent - 1).clamp_min(-14) - 10
     ulp = ((spacing + 127) << 23).view(torch.float32)
     # Twelve bits of noise: with more a representable x of 2,047 ulps would be carried over.
-    rounded = torch.floor(x / ulp + (noise >> 4) * 2.0**-12) * ulp
+    rounded = torch.floor(x / ulp + (noise >> (BITS - 12)) * 2.0**-12) * ulp
     finite = x.abs() < 65520
     return torch.where(finite, rounded.clamp(-65504, 65504), rounded)
 

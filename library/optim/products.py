@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -53,25 +54,31 @@ def lora_row_norms(pairs: Sequence[LoRAPair], compiled: bool = False) -> Tensor:
 
 
 def _is_native(pair: LoRAPair) -> bool:
+    """Whether there is machine code for a pair."""
+    return pair.mid is None and _are_native([pair.a, pair.b])
+
+
+def _are_native(tensors: Sequence[Tensor]) -> bool:
+    kinds = set(map(attrgetter("dtype", "device"), tensors))
     return (
-        pair.mid is None
-        and pair.a.dtype is pair.b.dtype
-        and native.can_check(pair.a)
-        and native.can_check(pair.b)
+        len(kinds) == 1
+        and native.fits(tensors[0].device, tensors[0].dtype)
+        and all(map(Tensor.is_contiguous, tensors))
     )
 
 
 def _same_kinds(pairs: Sequence[LoRAPair], compiled: bool) -> list[list[int]]:
     """Indices of pairs that can be computed together: of one shape, or by machine code."""
+    if compiled and not any(pair.mid is not None for pair in pairs):
+        halves = [half for pair in pairs for half in (pair.a, pair.b)]
+        if _are_native(halves):
+            return [list(range(len(pairs)))]
     batches: dict[Any, list[int]] = defaultdict(list)
     for index, pair in enumerate(pairs):
         if compiled and _is_native(pair):
             batches[pair.a.dtype].append(index)
         else:
-            tensors = (pair.a, pair.b, pair.mid)
-            batches[
-                tuple(t if t is None else (t.shape, t.dtype, t.device) for t in tensors)
-            ].append(index)
+            batches[_shapes((pair.a, pair.b, pair.mid))].append(index)
     return list(batches.values())
 
 

@@ -1,12 +1,16 @@
 """Optimizer state in 8 bits: one code per element, one float32 scale per block of 256.
 
 A code is the head of a small float32 number. A value's magnitude, divided by the block's largest,
-lies between 0 and 1; a `floor` is added, and of the float32 that this makes the exponent and four
-bits behind it are kept. So codes lie evenly below the floor and a sixteenth of an octave apart
-above it, where most of a block's moments are, and encoding is an addition and a shift:
+lies between 0 and 1; a `floor` is added, and of the float32 that this makes the exponent and three
+bits behind it are kept. So codes lie evenly below the floor and an eighth of an octave apart above
+it, and encoding is an addition and a shift:
 
-- signed (m):    a sign and 127 steps, floor 2⁻⁸: even below 1/256 of the block's largest
-- positive (v):  255 steps, floor 2⁻¹⁶: √v spans 1/256 of the block's largest, then is even
+- signed (m):    a sign and 127 steps, floor 2⁻¹⁶ of the block's largest
+- positive (v):  255 steps, floor 2⁻³²: for √v, too, 2⁻¹⁶
+
+The elements of a block may differ in their gradients by four orders of magnitude (rows of LoRA over
+channels with large activations do), so range is worth more than steps; rounding errors are averaged
+away by the moments themselves.
 
 Rounding is stochastic: noise below the bits that are kept is added and then cut off. It is unbiased
 in the value, because codes are even within an octave. With β₂ = 0.999 a step changes v by a
@@ -33,15 +37,13 @@ CODES: dict[Kind, torch.dtype] = {"signed": torch.int8, "positive": torch.uint8}
 _TINY = torch.finfo(torch.float32).tiny
 
 
+_CUT = 20  # of float32's 23 bits behind the exponent three are kept
+
+
 class _Code(NamedTuple):
-    """How a kind is coded: the bits kept behind the exponent, and the floor as a power of two."""
+    """How a kind is coded: the floor, as a power of two."""
 
-    mantissa: int
     octaves: int
-
-    @property
-    def cut(self) -> int:
-        return 23 - self.mantissa
 
     @property
     def floor(self) -> float:
@@ -55,12 +57,12 @@ class _Code(NamedTuple):
     @property
     def span(self) -> float:
         """What the last code stands for, without the floor."""
-        return 1 - 2.0 ** -(self.mantissa + 1) - self.floor
+        return 0.9375 - self.floor
 
 
-_CODE: dict[Kind, _Code] = {"signed": _Code(3, 16), "positive": _Code(3, 32)}
+_CODE: dict[Kind, _Code] = {"signed": _Code(16), "positive": _Code(32)}
 
-NEAREST = 1 << 15
+NEAREST = 1 << 19
 """The noise that rounds to the nearest code."""
 
 
@@ -74,7 +76,7 @@ def encode(x: Tensor, kind: Kind, noise: Tensor | int, blocks: _Blocks) -> tuple
     Args:
         x: float32 `[blocks, 256]`.
         kind: `signed` or `positive`.
-        noise: int32 in [0, 65536) for stochastic rounding; 32768 rounds to the nearest.
+        noise: int32 of 20 bits for stochastic rounding; their half rounds to the nearest.
         blocks: knows the largest value of each block.
 
     Returns:
@@ -84,8 +86,7 @@ def encode(x: Tensor, kind: Kind, noise: Tensor | int, blocks: _Blocks) -> tuple
     size = x.abs() if kind == "signed" else x
     scale = blocks.largest(size) / code.span
     floored = (size * (1 / scale.clamp_min(_TINY)) + code.floor).to(torch.float32)
-    below = noise * (1 << code.cut - 16)
-    steps = ((floored.view(torch.int32) + below) >> code.cut) - (code.base >> code.cut)
+    steps = ((floored.view(torch.int32) + noise) >> _CUT) - (code.base >> _CUT)
     if kind == "signed":
         return torch.where(x < 0, -steps, steps), scale
     return steps.clamp_min(1), scale
@@ -95,6 +96,6 @@ def decode(codes: Tensor, scale: Tensor, kind: Kind) -> Tensor:
     """The float32 values `[blocks, 256]` of codes (int32) and scales made by `encode`."""
     code = _CODE[kind]
     size = codes.abs() if kind == "signed" else codes
-    floored = ((size << code.cut) + code.base).view(torch.float32)
-    value = (floored - code.floor) * scale
+    floored = ((size << _CUT) + code.base).view(torch.float32)
+    value = floored * scale - code.floor * scale
     return torch.where(codes < 0, -value, value) if kind == "signed" else value

@@ -14,8 +14,9 @@
 #include <memory>
 #include <vector>
 
-constexpr int64_t CHUNK = 256;   // blocks
+constexpr int64_t CHUNK = 16;    // blocks whose sums are added first
 constexpr int64_t LARGE = 2048;  // blocks: half a million elements, a core's cache
+constexpr int64_t SHARE = 16;    // chunks of a large tensor that a thread takes at once
 constexpr int64_t TASK = 64;     // blocks: small tensors that a thread takes at once
 
 static int64_t blocks_of(const Call& call, int64_t i) { return (call.numel[i] + BLOCK - 1) / BLOCK; }
@@ -60,9 +61,10 @@ static void large_tensor(const Call& call, int64_t i, Shared& shared) {
 #pragma omp master
     shared.next = 0;
 #pragma omp barrier
-    for (int64_t c; (c = shared.next.fetch_add(1)) < chunks;)
-      pass(phase, call, i, c * CHUNK, std::min(blocks, (c + 1) * CHUNK), shared.values,
-           shared.partial.data() + c * SUMS, shared.kept.data(), blocks * BLOCK);
+    for (int64_t c; (c = shared.next.fetch_add(SHARE)) < chunks;)
+      for (const int64_t end = std::min(chunks, c + SHARE); c < end; ++c)
+        pass(phase, call, i, c * CHUNK, std::min(blocks, (c + 1) * CHUNK), shared.values,
+             shared.partial.data() + c * SUMS, shared.kept.data(), blocks * BLOCK);
 #pragma omp barrier
 #pragma omp master
     {
@@ -92,11 +94,14 @@ extern "C" void advance(const Call* given) {
 #pragma omp parallel num_threads(threads)
   {
     for (int64_t i : large) large_tensor(call, i, shared);
-    std::unique_ptr<float[]> kept(new float[KEPT * LARGE * BLOCK + LANES]);  // pages on first use
+    // A thread's own, from step to step: fresh pages cost more than what is computed on them.
+    static thread_local std::unique_ptr<float[]> scratch;
+    if (!scratch) scratch.reset(new float[KEPT * LARGE * BLOCK + LANES]);
+    float* kept = scratch.get();
     for (int64_t task; (task = next.fetch_add(1)) < (int64_t)task_ends.size();) {
       const int64_t from = task ? task_ends[task - 1] - 1 : call.tensors - 1;
       for (int64_t i = from; i >= task_ends[task]; --i)
-        if (blocks_of(call, i) <= LARGE) small_tensor(call, i, kept.get());
+        if (blocks_of(call, i) <= LARGE) small_tensor(call, i, kept);
     }
   }
 }

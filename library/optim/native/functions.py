@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,21 +18,21 @@ CPU = torch.device("cpu")
 TYPES = (torch.float32, torch.bfloat16)
 
 
-def can_check(tensor: Tensor) -> bool:
-    """Whether there is machine code to check such a tensor."""
-    return tensor.dtype in TYPES and tensor.device == CPU and tensor.is_contiguous()
+def fits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is machine code for such tensors: float32 and bfloat16 on the processor."""
+    return device == CPU and dtype in TYPES
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all numbers of tensors that `can_check` accepts are finite."""
-    for dtype in TYPES:
-        some = [tensor for tensor in tensors if tensor.dtype is dtype]
-        numel = torch.tensor([tensor.numel() for tensor in some])
-        half, threads = dtype is torch.bfloat16, torch.get_num_threads()
-        arguments = (addresses(some).data_ptr(), numel.data_ptr(), len(some), half, threads)
-        if some and not _function("check.cpp", "all_finite")(*arguments):
-            return False
-    return True
+def all_finite(tensors: Sequence[Tensor], numel: Tensor) -> bool:
+    """Whether all numbers of contiguous tensors of one type that fits are finite.
+
+    Args:
+        numel: int64 `[tensors]`, their sizes.
+    """
+    function = _function("check.cpp", "all_finite")
+    half, threads = tensors[0].dtype is torch.bfloat16, torch.get_num_threads()
+    where = addresses(tensors)
+    return bool(function(where.data_ptr(), numel.data_ptr(), len(tensors), half, threads))
 
 
 def lora_row_norms(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -39,33 +40,26 @@ def lora_row_norms(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
     All must be contiguous, of one type and on the processor; A is `[rank, …]`, B `[…, rank]`.
     """
-    half = pairs[0][0].dtype is torch.bfloat16
-    a, b = addresses([a for a, _ in pairs]), addresses([b for _, b in pairs])
-    shapes = torch.tensor(
-        [(a.shape[0], a.numel() // a.shape[0], b.numel() // a.shape[0]) for a, b in pairs]
-    )
+    half, threads = pairs[0][0].dtype is torch.bfloat16, torch.get_num_threads()
+    shapes = [(a.shape[0], a.numel() // a.shape[0], b.numel() // a.shape[0]) for a, b in pairs]
+    table = torch.empty(len(pairs), 5, dtype=torch.int64)
+    table[:, 0], table[:, 1] = addresses([a for a, _ in pairs]), addresses([b for _, b in pairs])
+    table[:, 2:] = torch.tensor(shapes)
     norms = torch.empty(len(pairs), dtype=torch.float64)
-    _function("products.cpp", "row_norms")(
-        a.data_ptr(),
-        b.data_ptr(),
-        shapes.data_ptr(),
-        len(pairs),
-        half,
-        torch.get_num_threads(),
-        norms.data_ptr(),
-    )
+    function = _function("products.cpp", "row_norms")
+    function(table.data_ptr(), len(pairs), half, threads, norms.data_ptr())
     return norms
 
 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
     """Where each tensor's numbers begin, int64 `[tensors]`."""
-    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+    return torch.frombuffer(array("q", map(Tensor.data_ptr, tensors)), dtype=torch.int64)
 
 
 _ADDRESS, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS: dict[str, list[Any]] = {
     "all_finite": [_ADDRESS, _ADDRESS, _COUNT, _INT, _INT],
-    "row_norms": [_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _INT, _INT, _ADDRESS],
+    "row_norms": [_ADDRESS, _COUNT, _INT, _INT, _ADDRESS],
 }
 
 

@@ -41,6 +41,7 @@ def draw(number: Any) -> Any: ...
 _ALIASES = {"div": "truediv", "divide": "truediv", "max": "maximum", "min": "minimum"}
 _COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
 _COSTLY = {"truediv", "sqrt", "rsqrt", "reciprocal", "exp", "pow"}
+_WORTH_KEEPING = 7  # operations
 
 
 def name_of(node: fx.Node) -> str:
@@ -81,8 +82,10 @@ class ChainGraph:
         outputs: the nodes that are written, by the name of what is held, and `p`.
         report: the nodes that are reported per tensor.
         factors: the techniques that ask for a factor, in the order of the inputs `factor0`, ….
-        last: the last phase, in which everything is written.
-        kept: nodes with a costly operation that several passes need, and the pass that makes them.
+        last: the last phase, in which at the latest everything is written.
+        write_in: the pass that writes each output of elements or blocks.
+        kept: nodes that several passes need and that cost more to compute again than to load, and
+            the pass that makes them.
     """
 
     def __init__(self, chain: Sequence[Technique], variant: Variant) -> None:
@@ -102,14 +105,25 @@ class ChainGraph:
         self.sums = [node for node in self.nodes if node.target is tensor_sum]
         elements = [n for n in self.outputs.values() if self.values[n].level != Level.TENSOR]
         self.last = max(self.values[n].phase for n in [*elements, *map(only, self.sums)])
-        self.kept = self._choose_kept()
+        self._delay_sums()
+        self.kept: dict[fx.Node, int] = {}
+        self.write_in = {
+            name: self.last
+            for name, node in self.outputs.items()
+            if self.values[node].level != Level.TENSOR
+        }
+        self._write_early()
+        self._keep_costly()
 
     def roots(self, phase: int) -> list[fx.Node]:
-        """What the pass of a phase is made for: the terms of its sums, and in the last the
-        outputs."""
+        """What the pass of a phase is made for: terms of sums, outputs, and nodes to keep."""
         terms = [only(n) for n in self.sums if self.values[n].phase == phase + 1]
-        written = [n for n in self.outputs.values() if self.values[n].level != Level.TENSOR]
-        return terms + (written if phase == self.last else [])
+        written = [self.outputs[name] for name in self.written(phase)]
+        return terms + written + [node for node, made in self.kept.items() if made == phase]
+
+    def written(self, phase: int) -> list[str]:
+        """The names of what the pass of a phase writes, of elements and blocks."""
+        return [name for name, made in self.write_in.items() if made == phase]
 
     def needed(self, phase: int) -> list[fx.Node]:
         """The nodes of elements and blocks that the pass of a phase goes through, in order."""
@@ -200,30 +214,104 @@ class ChainGraph:
                 todo.extend(node.all_input_nodes)
         return found
 
-    def _choose_kept(self) -> dict[fx.Node, int]:
-        """Where each costly operation's chain of single uses ends, if several passes need it."""
-        self.kept = {}
-        passes = {phase: set(self.needed(phase)) for phase in range(self.last + 1)}
-        kept = {}
-        for node in self.nodes:
-            if self.values[node].level != Level.ELEMENT or name_of(node) not in _COSTLY:
+    def _delay_sums(self) -> None:
+        """Move each sum to the last pass before it is used: there most of what it is a sum of is
+        computed anyway."""
+        needed: dict[fx.Node, int] = {}
+        for node in reversed(self.nodes):
+            if self.values[node].level != Level.TENSOR:
                 continue
-            end = self._end_of_line(node)
-            needing = [phase for phase, some in passes.items() if end in some]
-            if len(needing) > 1:
-                kept[end] = needing[0]
-        return kept
+            by = [
+                needed[user]
+                if self.values[user].level == Level.TENSOR and user.target is not tensor_sum
+                else self.values[user].phase
+                for user in node.users
+                if user in self.values
+            ]
+            needed[node] = min([*by, self.last + 1])
+        for node in self.nodes:
+            value = self.values[node]
+            if node.target is tensor_sum:
+                value.phase = needed[node]
+            elif value.level == Level.TENSOR:
+                value.phase = max((self.values[a].phase for a in node.all_input_nodes), default=0)
 
-    def _end_of_line(self, node: fx.Node) -> fx.Node:
-        def users(node: fx.Node) -> list[fx.Node]:
-            return [user for user in node.users if user in self.values]
+    def _write_early(self) -> None:
+        """Write state before the last pass, if keeping at most one node makes that possible.
 
-        written = set(self.outputs.values())
-        while node not in written and len(following := users(node)) == 1:
-            if self.values[following[0]].level != Level.ELEMENT:
-                break
-            node = following[0]
-        return node
+        What is written no longer has to be made again in later passes; but these cannot make again
+        what came from its old value either, and need that kept.
+        """
+        for slot in self.variant.slots:
+            names = [name for name in slot.names if name in self.write_in]
+            if not names:
+                continue
+            first = max(self.values[self.outputs[name]].phase for name in names)
+            choices = [(self.last, dict(self.kept))]
+            for phase in range(first, self.last):
+                kept = self._kept_if_written(names, phase)
+                if kept is not None and len(kept) <= len(self.kept) + 1:
+                    choices.append((phase, kept))
+            before_last = choices[1:] or choices
+            phase, self.kept = min(before_last, key=lambda choice: (len(choice[1]), choice[0]))
+            self.write_in.update(dict.fromkeys(names, phase))
+
+    def _kept_if_written(self, names: list[str], written: int) -> dict[fx.Node, int] | None:
+        """What has to be kept if these are written in a certain pass; None if that is not enough."""
+        before = {self.inputs[name] for name in names}
+        state = self.kept, self.write_in
+        self.kept, self.write_in = dict(self.kept), dict(self.write_in)
+        self.write_in.update(dict.fromkeys(names, written))
+        later = range(written + 1, self.last + 1)
+        for phase in later:
+            needed = set(self.needed(phase))
+            if not before.isdisjoint(needed):
+                self.kept.update(dict.fromkeys(self._frontier(needed, written), written))
+        possible = all(before.isdisjoint(self.needed(phase)) for phase in later)
+        kept = self.kept
+        self.kept, self.write_in = state
+        return kept if possible else None
+
+    def _frontier(self, needed: set[fx.Node], phase: int) -> list[fx.Node]:
+        """Elements known in a phase that go into what is not."""
+        return [
+            node
+            for node in needed
+            if self.values[node].level == Level.ELEMENT
+            and node.op != "placeholder"
+            and node.target is not draw
+            and self.values[node].phase <= phase
+            and any(user in needed and self.values[user].phase > phase for user in node.users)
+        ]
+
+    def _keep_costly(self) -> None:
+        """Keep what several passes need and is slower to compute again than to load."""
+        passes = {phase: set(self.needed(phase)) for phase in range(self.last + 1)}
+        cost: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            if self.values[node].level != Level.ELEMENT:
+                continue
+            needing = [phase for phase, some in passes.items() if node in some]
+            cost[node] = 0 if node in self.kept else self._cost(node, cost)
+            if len(needing) < 2 or cost[node] < _WORTH_KEEPING:
+                continue
+            if any(self._is_used_apart(node, passes, phase) for phase in needing[1:]):
+                self.kept[node] = needing[0]
+                cost[node] = 0
+
+    def _cost(self, node: fx.Node, cost: dict[fx.Node, int]) -> int:
+        """Operations to compute a node again, from what is loaded."""
+        if node.op == "placeholder" or node.target is draw:
+            return 0
+        own = 8 if name_of(node) in _COSTLY else 1
+        return own + sum(cost.get(argument, 0) for argument in node.all_input_nodes)
+
+    def _is_used_apart(self, node: fx.Node, passes: dict[int, set[fx.Node]], phase: int) -> bool:
+        """Whether a later pass uses a node in more than the one way that an earlier pass did: else
+        its user is the one to keep."""
+        first = next(some for some in passes.values() if node in some)
+        users = [user for user in node.users if user in passes[phase]]
+        return len(users) > 1 or node in self.roots(phase) or any(u not in first for u in users)
 
 
 class _Factors(dict[Technique, Any]):

@@ -41,7 +41,11 @@ static inline float where(bool c, float a, float b) { return c ? a : b; }
 static inline double where(bool c, double a, double b) { return c ? a : b; }
 
 static inline V magnitude(V x) { return as<V>(as<I>(x) & 0x7fffffff); }
+#if defined(__AVX512F__)
+static inline I magnitude(I x) { return (I)_mm512_abs_epi32((__m512i)x); }
+#else
 static inline I magnitude(I x) { return x < 0 ? -x : x; }
+#endif
 static inline float magnitude(float x) { return std::fabs(x); }
 static inline double magnitude(double x) { return std::fabs(x); }
 
@@ -64,6 +68,12 @@ static inline X sign_of(X x) {
   X zero{}, one = zero + 1;
   return x > 0 ? one : (x < 0 ? -one : zero);
 }
+
+static inline V with_sign(V x, V of) {
+  return as<V>((as<I>(x) & 0x7fffffff) | (as<I>(of) & (int32_t)0x80000000));
+}
+static inline float with_sign(float x, float of) { return std::copysign(x, of); }
+static inline double with_sign(double x, double of) { return std::copysign(x, of); }
 
 static inline float root(float x) { return std::sqrt(x); }
 static inline double root(double x) { return std::sqrt(x); }
@@ -101,6 +111,7 @@ static inline V exponential(V x) {
 struct bfloat { uint16_t bits; };
 
 static inline V load(const float* at) { V x; std::memcpy(&x, at, sizeof x); return x; }
+static inline I load(const int32_t* at) { I x; std::memcpy(&x, at, sizeof x); return x; }
 static inline void store(float* at, V x) { std::memcpy(at, &x, sizeof x); }
 
 #if defined(__AVX512F__)  // compilers take the general way below apart into single numbers

@@ -6,6 +6,7 @@
 #include "lanes.h"
 
 constexpr int TILE = 4;  // rows by rows of A that are multiplied at once: sixteen registers
+constexpr int HALF = 8;  // rows of the Gram matrix at once
 
 template <class Number>
 static V load_some(const Number* at, int64_t n) {
@@ -15,15 +16,49 @@ static V load_some(const Number* at, int64_t n) {
   return load(some);
 }
 
-static float total(V x) {
-  Sum sum;
-  sum.add(x);
-  return (float)sum.total();
+// What is read next, asked for little by little while there is other work.
+struct Ahead {
+  const char *at, *end;
+  void some(int64_t bytes) {
+    for (const char* to = std::min(at + bytes, end); at < to; at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// Which lanes of two vectors, counted through, a step of the transposition takes.
+struct Lanes {
+  I upper[4], lower[4];
+  Lanes() {
+    for (int s = 0, d = 1; s < 4; ++s, d *= 2)
+      for (int l = 0; l < LANES; ++l) {
+        upper[s][l] = l & d ? l - d + LANES : l;
+        lower[s][l] = l & d ? l + LANES : l + d;
+      }
+  }
+};
+static const Lanes lanes;
+
+// Sixteen vectors as the rows of a matrix, turned into its columns.
+static inline void transpose(V* x) {
+#pragma GCC unroll 4
+  for (int s = 0; s < 4; ++s) {
+    const I upper = lanes.upper[s], lower = lanes.lower[s];
+    const int d = 1 << s;
+#pragma GCC unroll 8
+    for (int k = 0; k < LANES / 2; ++k) {
+      const int i = (k & ~(d - 1)) * 2 + (k & (d - 1));
+      const V a = x[i], b = x[i + d];
+      x[i] = __builtin_shuffle(a, b, upper);
+      x[i + d] = __builtin_shuffle(a, b, lower);
+    }
+  }
 }
 
 // AAᵀ of A [rank, width], as rows of `stride` numbers.
 template <class Number>
-static void gram(const Number* a, int64_t rank, int64_t width, float* out, int64_t stride) {
+static void gram(const Number* a, int64_t rank, int64_t width, float* out, int64_t stride,
+                 Ahead next) {
+  const int64_t tiles = (rank + TILE - 1) / TILE;
+  const int64_t share = (next.end - next.at) / (tiles * (tiles + 1) / 2) + 64;
   for (int64_t i = 0; i < rank; i += TILE)
     for (int64_t j = i; j < rank; j += TILE) {
       const Number *left[TILE], *right[TILE];
@@ -31,6 +66,7 @@ static void gram(const Number* a, int64_t rank, int64_t width, float* out, int64
         left[k] = a + std::min(i + k, rank - 1) * width;
         right[k] = a + std::min(j + k, rank - 1) * width;
       }
+      next.some(share);
       V product[TILE][TILE] = {};
       for (int64_t at = 0; at < width; at += LANES) {
         V x[TILE], y[TILE];
@@ -39,51 +75,72 @@ static void gram(const Number* a, int64_t rank, int64_t width, float* out, int64
         for (int k = 0; k < TILE; ++k)
           for (int l = 0; l < TILE; ++l) product[k][l] += x[k] * y[l];
       }
+      V* rows = &product[0][0];
+      transpose(rows);
+      V sums{};
+      for (int l = 0; l < LANES; ++l) sums += rows[l];
       for (int64_t k = 0; k < std::min<int64_t>(TILE, rank - i); ++k)
         for (int64_t l = 0; l < std::min<int64_t>(TILE, rank - j); ++l)
-          out[(i + k) * stride + j + l] = out[(j + l) * stride + i + k] = total(product[k][l]);
+          out[(i + k) * stride + j + l] = out[(j + l) * stride + i + k] = sums[k * TILE + l];
     }
 }
 
-// The mean over the rows b of B [height, rank] of √(b·G·bᵀ).
+// The mean over the rows b of B [height, rank] of √(b·G·bᵀ); sixteen rows at once, one a lane.
 template <class Number>
 static double mean_norm(const Number* b, int64_t height, int64_t rank, const float* g,
-                        int64_t stride) {
-  double norms = 0;
-  std::vector<float> row(stride);
-  for (int64_t i = 0; i < height; ++i, b += rank) {
-    for (int64_t j = 0; j < rank; j += LANES)
-      store(row.data() + j, load_some(b + j, rank - j));
-    V square{};
+                        int64_t stride, Ahead next) {
+  const int64_t share = (next.end - next.at) / (height / LANES + 1) + 64;
+  Sum norms;
+  std::vector<V> columns(stride);
+  for (int64_t i = 0; i < height; i += LANES) {
+    next.some(share);
     for (int64_t j = 0; j < rank; j += LANES) {
-      V even{}, odd{};
-      int64_t k = 0;
-      for (; k + 1 < rank; k += 2) {
-        even += row[k] * load(g + k * stride + j);
-        odd += row[k + 1] * load(g + (k + 1) * stride + j);
+      for (int l = 0; l < LANES; ++l) {
+        const Number* row = b + (i + l) * rank + j;
+        columns[j + l] = i + l < height ? load_some(row, rank - j) : V{};
       }
-      if (k < rank) even += row[k] * load(g + k * stride + j);
-      square += (even + odd) * load(row.data() + j);
+      transpose(&columns[j]);
     }
-    norms += std::sqrt(std::max(0.0f, total(square)));
+    V square{};
+    for (int64_t j = 0; j < rank; j += HALF) {
+      V product[HALF] = {};  // of rows j … j + 7 of G; what lies right of these columns counts twice
+      for (int64_t k = j + HALF; k < rank; ++k)
+        for (int l = 0; l < HALF; ++l) product[l] += g[(j + l) * stride + k] * columns[k];
+      for (int l = 0; l < HALF; ++l) product[l] *= 2.0f;
+      for (int64_t k = j; k < std::min<int64_t>(j + HALF, rank); ++k)
+        for (int l = 0; l < HALF; ++l) product[l] += g[(j + l) * stride + k] * columns[k];
+      for (int l = 0; l < HALF; ++l) square += columns[j + l] * product[l];
+    }
+    norms.add(root(larger(square, V{})));
   }
-  return norms / height;
+  return norms.total() / height;
+}
+
+struct Pair {
+  const void *a, *b;
+  int64_t rank, width, height;
+};
+
+template <class Number>
+static Ahead all_of(const void* at, int64_t count) {
+  return {(const char*)at, (const char*)((const Number*)at + count)};
 }
 
 template <class Number>
-static double row_norm(const void* a, const void* b, const int64_t* shape) {
-  const int64_t rank = shape[0], width = shape[1], height = shape[2];
-  const int64_t stride = (rank + LANES - 1) / LANES * LANES;
-  std::vector<float> g(rank * stride);
-  gram((const Number*)a, rank, width, g.data(), stride);
-  return mean_norm((const Number*)b, height, rank, g.data(), stride);
+static double row_norm(const Pair& pair, const Pair& next) {
+  const int64_t stride = (pair.rank + LANES - 1) / LANES * LANES;
+  std::vector<float> g(stride * stride);
+  gram((const Number*)pair.a, pair.rank, pair.width, g.data(), stride,
+       all_of<Number>(next.a, next.rank * next.width));
+  return mean_norm((const Number*)pair.b, pair.height, pair.rank, g.data(), stride,
+                   all_of<Number>(next.b, next.rank * next.height));
 }
 
-// `shapes` is [pairs, 3]: rank, width of A, height of B; `half` tells bfloat16 from float32.
-extern "C" void row_norms(const void* const* a, const void* const* b, const int64_t* shapes,
-                          int64_t pairs, int half, int threads, double* norms) {
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
-  for (int64_t i = 0; i < pairs; ++i)
-    norms[i] = half ? row_norm<bfloat>(a[i], b[i], shapes + 3 * i)
-                    : row_norm<float>(a[i], b[i], shapes + 3 * i);
+// `half` tells bfloat16 from float32.
+extern "C" void row_norms(const Pair* pairs, int64_t count, int half, int threads, double* norms) {
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) {
+    const Pair& next = pairs[std::min(i + 1, count - 1)];
+    norms[i] = half ? row_norm<bfloat>(pairs[i], next) : row_norm<float>(pairs[i], next);
+  }
 }

@@ -42,6 +42,7 @@ _OPERATIONS = {
     "square": "({0} * {0})",
     "reciprocal": "(1 / {0})",
     "sign": "sign_of({0})",
+    "copysign": "with_sign({0}, {1})",
     "exp": "exponential({0})",
     "pow": "power({0}, {1})",
     "maximum": "larger({0}, {1})",
@@ -345,9 +346,11 @@ class _Pass:
         ]
 
     def tensors_written(self) -> list[str]:
-        if self.phase != self.graph.last:
-            return []
-        return [n for n, node in self.graph.outputs.items() if self.values[node].level == 3]
+        return [
+            name
+            for name in self.graph.written(self.phase)
+            if self.values[self.graph.outputs[name]].level == Level.ELEMENT
+        ]
 
     def open_inputs(self) -> list[str]:
         """Where the block lies; a tensor's last block is brought to full length first."""
@@ -372,7 +375,7 @@ class _Pass:
             if node.target is draw:
                 index = self.number[node]
                 lines.append(
-                    f"const uint16_t* d{index} = call.noise + (scramble(scramble(call.seeds[i] + "
+                    f"const int32_t* d{index} = call.noise + (scramble(scramble(call.seeds[i] + "
                     f"{node.args[0]}u * {STREAM}u) ^ ((uint32_t)b * {SPACING}u)) & {TABLE - 1}u);"
                 )
         return lines
@@ -385,10 +388,10 @@ class _Pass:
                 f"if (n < BLOCK) std::memcpy({self.writer.pointer(name)} + at, {name}_end, "
                 f"n * sizeof({kind}));"
             )
-        if self.phase == self.graph.last:
-            for name, node in self.graph.outputs.items():
-                if self.values[node].level == Level.BLOCK:
-                    lines.append(f"{self.writer.pointer(name)}[b] = b{self.number[node]};")
+        for name in self.graph.written(self.phase):
+            node = self.graph.outputs[name]
+            if self.values[node].level == Level.BLOCK:
+                lines.append(f"{self.writer.pointer(name)}[b] = b{self.number[node]};")
         return lines
 
     def block_values(self, loop: int) -> list[str]:
@@ -489,7 +492,7 @@ struct Call {
   double* report;           // [reports, tensors]
   void* const* held;        // [pointers, tensors]
   const uint32_t* seeds;    // [tensors]
-  const uint16_t* noise;
+  const int32_t* noise;
 };
 """
 _BEGIN = "(const Call& call, int64_t i, double* t)"

@@ -14,13 +14,8 @@ from ..batch import Batch, Turn
 from ..chain import Variant
 from ..techniques.base import Technique
 from . import build
-from .functions import CPU, TYPES, addresses
+from .functions import CPU, addresses
 from .program import Program, translate
-
-
-def can_run(variant: Variant) -> bool:
-    """Whether there is machine code for such tensors: float32 and bfloat16 on the processor."""
-    return variant.device == CPU and variant.dtype in TYPES
 
 
 class _Call(ctypes.Structure):
@@ -42,58 +37,46 @@ class NativeChain:
     """A chain's machine code for one batch, with the addresses of what is held."""
 
     def __init__(self, chain: Sequence[Technique], batch: Batch) -> None:
-        self.batch = batch
         self.program, self._advance = _load(tuple(chain), batch.variant)
+        self._batch = batch
         count = len(batch.params)
         self._held = torch.zeros(len(self.program.pointers), count, dtype=torch.int64)
-        self._known = [False] * count
         self._keys = torch.zeros(count, dtype=torch.int32)
-        self._numel = torch.tensor([param.numel() for param in batch.params])
-        self._noise = noise.table(CPU).to(torch.uint16)
+        self._unknown = set(range(count))
+        self._noise = noise.table(CPU)
 
     def run(self, turn: Turn) -> dict[str, Tensor]:
         """One step of the turn's parameters; returns the report, `[active]` by name."""
-        for k in turn.active:
-            if not self._known[k]:
-                self._note(k)
-        dtype, params = self.batch.variant.dtype, turn.params
+        self._note_new_ones()
+        count, params = len(turn.params), turn.params
         # A view with gaps is worked on as a copy: the program knows addresses, not strides.
-        packed = [param if param.is_contiguous() else param.contiguous() for param in params]
-        grads = [
-            g if g.is_contiguous() and g.dtype is dtype else _packed(g, dtype) for g in turn.grads
-        ]
-        index = torch.tensor(turn.active)
-        held = self._held[:, index]
-        held[0], held[1] = addresses(packed), addresses(grads)
+        gaps = not all(map(Tensor.is_contiguous, params))
+        packed = [param.contiguous() for param in params] if gaps else params
+        held = self._held[:, turn.index].clone()
+        held[0], held[1] = addresses(packed), addresses(turn.grads)
         factors = [turn.factors[technique] for technique in self.program.factors]
         given = torch.cat([turn.numbers, torch.stack(factors)]) if factors else turn.numbers
-        report = torch.empty(len(self.program.reports), len(params), dtype=torch.float64)
-        numel = self._numel[index]
-        seeds = noise.seeds(self._keys[index], turn.numbers[1])
-        call = _Call(
-            len(params),
-            torch.get_num_threads(),
-            *(
-                tensor.data_ptr()
-                for tensor in (numel, given.contiguous(), report, held, seeds, self._noise)
-            ),
-        )
+        report = torch.empty(len(self.program.reports), count, dtype=torch.float64)
+        numel = self._batch.numel[turn.index]
+        seeds = noise.seeds(self._keys[turn.index], turn.numbers[1])
+        arrays = (numel, given, report, held, seeds, self._noise)
+        call = _Call(count, torch.get_num_threads(), *(array.data_ptr() for array in arrays))
         self._advance(ctypes.byref(call))
-        for param, copy in zip(params, packed, strict=True):
+        for param, copy in zip(params, packed, strict=True) if gaps else ():
             if copy is not param:
                 param.copy_(copy)
+        # What autograd saved of the parameters is out of date: as after any change in place.
+        torch.autograd.graph.increment_version(params)
         return dict(zip(self.program.reports, report.unbind(), strict=True))
 
-    def _note(self, k: int) -> None:
-        entry = self.batch.entries[k]
-        for row, name in enumerate(self.program.pointers[2:], 2):
-            self._held[row, k] = entry[name].data_ptr()
-        self._keys[k] = entry["noise_key"]
-        self._known[k] = True
-
-
-def _packed(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.to(dtype).contiguous()
+    def _note_new_ones(self) -> None:
+        """Where the state of parameters lies that had none before."""
+        for k in [k for k in self._unknown if self._batch.entries[k]]:
+            entry = self._batch.entries[k]
+            for row, name in enumerate(self.program.pointers[2:], 2):
+                self._held[row, k] = entry[name].data_ptr()
+            self._keys[k] = entry["noise_key"]
+            self._unknown.remove(k)
 
 
 @lru_cache(maxsize=64)

@@ -61,7 +61,9 @@ class ADOPT(Technique):
         # At t = 1 the clip is 0 and so are m and u; weight decay and v's own past are left out.
         goes_on = torch.where(work.step > 1, 1.0, 0.0)
         clip = work.spread((work.step - 1) ** 0.25)
-        inverse = torch.minimum(v.clamp_min(TINY).rsqrt(), work.spread(1 / work.eps))
+        # 1/max(√v, ε), the larger of the two squared: v below TINY is nothing in float32.
+        floor = (work.eps * work.eps).clamp_min(TINY)
+        inverse = torch.maximum(v, work.spread(floor)).rsqrt()
         normalised = torch.maximum(torch.minimum(g * inverse, clip), -clip)
         entering = work.spread((1 - work.beta1) * self.momentum.damping(work))
         m = work.spread(work.beta1) * m + entering * normalised

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .base import Technique, Work
 
 
@@ -13,4 +15,4 @@ class Grams(Technique):
     """
 
     def apply(self, work: Work) -> None:
-        work.u = work.u.abs() * work.g.sign()
+        work.u = torch.where(work.g == 0, 0.0, torch.copysign(work.u, work.g))

@@ -65,6 +65,10 @@ class SelectiveProjection(Technique):
         after = (bb + grown).clamp_min(TINY).sqrt()
         ratio = (grown / (after * (after + bb.sqrt()))).clamp(0, 1)
         ratio = torch.where(descent > 0, ratio, 0.0)
-        away = work.new_p if origin is None else work.new_p - origin
-        work.new_p = work.new_p - work.spread(self.strength * ratio) * away
+        back = self.strength * ratio
+        if origin is None:  # p' − back·p' is the same step with smaller factors
+            work.decay, work.rate = work.decay * (1 - back), work.rate * (1 - back)
+            work.new_p = work.spread(work.decay) * work.p - work.spread(work.rate) * work.u
+        else:
+            work.new_p = work.new_p - work.spread(back) * (work.new_p - origin)
         work.report["spd/projected_share"] = torch.where(ratio > 0, 1.0, 0.0)
