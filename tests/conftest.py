@@ -15,4 +15,7 @@ torch.set_num_threads(1)
 
 # What is kept of the tests' pictures goes with the session, and not into the user's own cache.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hina-cache-")
+# Compiled optimizers are shared by the processes that run the tests: the first one's is inherited.
+if "HINA_CACHE" not in os.environ:
+    os.environ["HINA_CACHE"] = os.path.join(os.environ["XDG_CACHE_HOME"], "compiled")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -24,10 +24,6 @@ ignore_missing_names = pytest.mark.filterwarnings(
 Params = list[nn.Parameter]
 
 
-def fails_today(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(reason=reason, raises=KeyError, strict=True)
-
-
 def make(backend: str, options: dict[str, Any], names: bool = True) -> tuple[Any, Params]:
     params = parameters(*drawn((20, 30), (7,), (3, 2, 2)))
     return hina(named(*params) if names else params, backend, **options), params
@@ -151,18 +147,6 @@ def test_a_copy_goes_on_alike(backend, options, copied):
 
 
 @each_backend
-@each_case
-def test_a_pickle_from_before_there_were_backends(backend, options):
-    optimizer, params = stepped(backend, options)
-    state = copy.deepcopy(optimizer.__getstate__())
-    state.pop("backend", None)
-    old = type(optimizer).__new__(type(optimizer))
-    old.__setstate__(state)
-    assert go_on_alike((optimizer, params), (old, old.param_groups[0]["params"]))
-
-
-@each_backend
-@fails_today("Optimizer.__setstate__ adds an option to `defaults` that no group has")
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_a_copy_loads_a_state_dict_and_takes_groups(backend, copied):
     optimizer, params = stepped(backend, {})
@@ -176,7 +160,6 @@ def test_a_copy_loads_a_state_dict_and_takes_groups(backend, copied):
 
 
 @each_backend
-@fails_today("state under a key that is no parameter's is not looked for")
 def test_state_that_belongs_to_no_parameter_is_kept(backend):
     """PyTorch copies it as it is."""
     optimizer, params = stepped(backend, {})
@@ -228,7 +211,6 @@ def test_a_state_dict_hook_may_change_or_replace_the_state_dict(backend):
 
 
 @each_backend
-@fails_today("`param_groups` is looked for in whatever the hook returns")
 def test_a_state_dict_hook_may_return_another_form(backend):
     optimizer, _ = stepped(backend, {})
     optimizer.register_state_dict_post_hook(lambda o, saved: {"inner": saved})

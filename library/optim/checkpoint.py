@@ -77,11 +77,14 @@ def load(optimizer: ChainOptimizer, state_dict: dict[str, Any]) -> None:
     loaded = {
         params[index]: _restore(optimizer, params[index], saved, conversions)
         for index, saved in state_dict["state"].items()
+        if index in params
     }
+    others = {key: deepcopy(v) for key, v in state_dict["state"].items() if key not in params}
     optimizer.state.clear()
     optimizer.state.update(loaded)
     for param in loaded:
         complete(optimizer, param)
+    optimizer.state.update(others)  # kept for whoever put it there
     if same_groups:
         for group, some in zip(optimizer.param_groups, options, strict=True):
             group.update(deepcopy(some))

@@ -195,7 +195,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         """State per parameter and options per group, in PyTorch's form; plain values and tensors
         only, so that `torch.load(weights_only=True)` reads it."""
         saved = super().state_dict()
-        for group in saved["param_groups"]:
+        for group in saved.get("param_groups", ()):  # a hook may have given it another form
             group.pop("named", None)  # the same as param_names
         return saved
 
@@ -240,6 +240,8 @@ class ChainOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # PyTorch adds an option of its own optimizers, which no group here has.
+        self.defaults = {key: self.defaults[key] for key in self.defaults if key in self.RULES}
         self._forget()
 
     def _forget(self) -> None:

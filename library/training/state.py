@@ -21,7 +21,7 @@ from library.training.errors import UserError
 from library.training.files import recover_folder, write_folder_atomically
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass

@@ -1,7 +1,8 @@
 // Leads tensors through the phases of a chain. What comes before this file in the program is made
 // from the chain itself: begin(), pass() and after(), and how many phases, sums and values it has.
 //
-// A phase runs over a tensor's blocks and sums what the next phase needs; only the last one writes.
+// A phase runs over a tensor's blocks, sums what a later phase needs, and writes what no later one
+// makes use of.
 // A small tensor goes through all phases in one thread while it lies in that core's cache; a large
 // one is cut into chunks that all threads share. Sums are added chunk by chunk in their order, so
 // that neither the number of threads nor the neighbours of a tensor change a bit of the result.

@@ -257,7 +257,7 @@ class ChainGraph:
             self.write_in.update(dict.fromkeys(names, phase))
 
     def _kept_if_written(self, names: list[str], written: int) -> dict[fx.Node, int] | None:
-        """What has to be kept if these are written in a certain pass; None if that is not enough."""
+        """What has to be kept if these are written in some pass; None if that is not enough."""
         before = {self.inputs[name] for name in names}
         state = self.kept, self.write_in
         self.kept, self.write_in = dict(self.kept), dict(self.write_in)
