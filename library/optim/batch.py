@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -36,8 +36,8 @@ class Batch:
         self.entries: list[dict[str, Any]] = []
         self._addresses: list[int] = []
         self._names = [name for slot in variant.slots for name in slot.names]
-        self._held: list[list[Tensor | None]] = [[] for _ in self._names]
-        self._begun = 0
+        self._sizes: list[int] = []
+        self._held: list[tuple[int, ...]] = []
 
     def add(
         self, param: Tensor, role: str, group: int, position: int, entry: dict[str, Any]
@@ -49,36 +49,38 @@ class Batch:
         self.positions.append(position)
         self.entries.append({})
         self._addresses.append(param.data_ptr())
-        for column in self._held:
-            column.append(None)
+        self._sizes.append(param.numel())
+        self._held.append(())
         if entry:
             self.begin(len(self.params) - 1, entry)
 
     def begin(self, index: int, entry: dict[str, Any]) -> None:
-        """Note the state of a parameter, and which tensors it holds."""
+        """Note the state of a parameter, and where it lies."""
         self.entries[index] = entry
-        for column, name in zip(self._held, self._names, strict=True):
-            column[index] = entry[name]
-        self._begun += 1
+        self._held[index] = tuple(entry[name].data_ptr() for name in self._names)
 
     def is_as_before(self) -> bool:
         """Whether parameters and their state still lie where they did.
 
         A parameter moves with `.to()`, its state where a program takes it to another device or puts
-        another in its place.
+        another in its place, as a tensor or as the `data` of one.
         """
-        stayed = (
+        if not (
             list(map(Tensor.data_ptr, self.params)) == self._addresses
+            and list(map(Tensor.numel, self.params)) == self._sizes
             and set(map(attrgetter("dtype"), self.params)) == {self.variant.dtype}
             and set(map(attrgetter("device"), self.params)) == {self.variant.device}
-        )
-        entries, columns = self.entries, self._held
-        if self._begun < len(entries):
-            entries = [entry for entry in entries if entry]
-            columns = [[held for held in column if held is not None] for column in columns]
-        return stayed and all(
-            all(map(is_, map(itemgetter(name), entries), column))
-            for name, column in zip(self._names, columns, strict=True)
+        ):
+            return False
+        begun = [k for k, where in enumerate(self._held) if where]
+        entries = self.entries
+        if len(begun) < len(entries):
+            entries = [entries[k] for k in begun]
+        names = set(self._names)
+        return all(map(names.issubset, entries)) and all(
+            list(map(Tensor.data_ptr, map(itemgetter(name), entries)))
+            == [self._held[k][column] for k in begun]
+            for column, name in enumerate(self._names)
         )
 
     @cached_property
@@ -160,24 +162,42 @@ class Turn:
 
 
 def make_turn(batch: Batch) -> Turn | None:
-    """The parameters of a batch that have a gradient; None if none has."""
+    """The parameters of a batch that have a gradient; None if none has.
+
+    Raises:
+        RuntimeError: a gradient of another size or on another device than its parameter.
+    """
     grads = [param.grad for param in batch.params]
     if all(grad is not None for grad in grads):
         lists = (batch.params, batch.entries, batch.roles)
-        return Turn(batch, slice(None), *lists, _pack(grads, batch.variant))
+        return Turn(batch, slice(None), *lists, _pack(batch.params, grads, batch.variant))
     active = [k for k, grad in enumerate(grads) if grad is not None]
     if not active:
         return None
     params = [batch.params[k] for k in active]
     entries = [batch.entries[k] for k in active]
     roles = [batch.roles[k] for k in active]
-    packed = _pack([grads[k] for k in active], batch.variant)
+    packed = _pack(params, [grads[k] for k in active], batch.variant)
     return Turn(batch, torch.tensor(active), params, entries, roles, packed)
 
 
-def _pack(grads: Sequence[Tensor | None], variant: Variant) -> list[Tensor]:
+def _pack(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None], variant: Variant
+) -> list[Tensor]:
     """Contiguous gradients of the parameters' type; most are already."""
     given = [grad for grad in grads if grad is not None]
+    same_sizes = list(map(Tensor.numel, given)) == list(map(Tensor.numel, params))
+    if not same_sizes or set(map(attrgetter("device"), given)) != {variant.device}:
+        param, grad = next(
+            (p, g)
+            for p, g in zip(params, given, strict=True)
+            if p.numel() != g.numel() or p.device != g.device
+        )
+        raise RuntimeError(
+            f"A parameter of shape {tuple(param.shape)} on {param.device} has a gradient of shape "
+            f"{tuple(grad.shape)} on {grad.device}: the parameter was changed after its backward "
+            "pass. Nothing was updated."
+        )
     dtypes = set(map(attrgetter("dtype"), given))
     if dtypes == {variant.dtype} and all(map(Tensor.is_contiguous, given)):
         return given

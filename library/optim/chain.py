@@ -1,6 +1,6 @@
 """One step of a chain of techniques, from what is held to what is held afterwards.
 
-The same lines run on tensors (`eager`) and are translated to C++ (`cpp`).
+The same lines run on tensors (`eager`) and are translated to C++ (`native`).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from .layout import BLOCK, layout_of
 from .state import CODES, NEAREST, QUANTIZABLE, Kind, decode, encode
 
 if TYPE_CHECKING:
+    from .chain import Slot
     from .engine import ChainOptimizer
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
         if name in state:
             continue
         if kind == "initial":
-            state[name] = param.detach().clone()
+            state[name] = param.detach().clone(memory_format=torch.contiguous_format)
         elif kind == "scalar":
             state[name] = torch.zeros((), dtype=torch.float32, device=param.device)
         elif optimizer.uses_8bit(param):
@@ -56,6 +57,27 @@ def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
             state[f"{name}_scale"] = torch.zeros(-(-param.numel() // BLOCK), device=param.device)
         else:
             state[name] = torch.zeros(param.shape, dtype=maths_dtype(param), device=param.device)
+
+    for slot in optimizer.variant(param).slots:
+        _bring_along(optimizer, param, slot)
+
+
+def _bring_along(optimizer: ChainOptimizer, param: Tensor, slot: Slot) -> None:
+    """Bring what is held in a slot to the parameter's device, to the type it is held in and to
+    contiguous memory: a parameter may have moved, and a loaded state may come from anywhere."""
+    state, variant = optimizer.state[param], optimizer.variant(param)
+    shapes = {slot.name: torch.Size() if slot.kind == "scalar" else param.shape}
+    dtypes = {slot.name: slot.stored(variant)}
+    if slot.coded:
+        shapes[slot.scale] = torch.Size([-(-param.numel() // BLOCK)])
+        dtypes[slot.scale] = torch.float32
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise ValueError(
+                f"The state '{name}' of {optimizer.roles.call(param)} has shape "
+                f"{tuple(state[name].shape)} where {tuple(shape)} belongs."
+            )
+        state[name] = state[name].to(param.device, dtypes[name]).contiguous()
 
 
 def load(optimizer: ChainOptimizer, state_dict: dict[str, Any]) -> None:

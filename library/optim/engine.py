@@ -182,13 +182,17 @@ class ChainOptimizer(torch.optim.Optimizer):
         if not self._all_finite(turns):
             self.skipped_steps += 1
             return loss
+        # Machine code is made before anything moves: a compiler may fail.
+        run = [self._runner(turn.batch) for turn in turns]
         # Before any parameter moves: a pair's halves may lie in different batches.
         prepared = {
             technique: factor
             for technique in self.chain
             if (factor := technique.prepare(self.roles, self._may_compile)) is not None
         }
-        self.last_step = [self._advance(turn, prepared) for turn in turns]
+        self.last_step = [
+            self._advance(turn, prepared, runner) for turn, runner in zip(turns, run, strict=True)
+        ]
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,7 +261,11 @@ class ChainOptimizer(torch.optim.Optimizer):
             grads = [grad for param in group["params"] if (grad := param.grad) is not None]
             if set(map(attrgetter("layout"), grads)) <= {torch.strided}:
                 continue
-            sparse = next(p for p in group["params"] if p.grad is not None and p.grad.is_sparse)
+            sparse = next(
+                param
+                for param in group["params"]
+                if param.grad is not None and param.grad.layout is not torch.strided
+            )
             raise RuntimeError(
                 f"{type(self).__name__} does not take sparse gradients; "
                 f"{self.roles.call(sparse)} has one."
@@ -287,14 +295,27 @@ class ChainOptimizer(torch.optim.Optimizer):
         """Whether machine code is wanted and can be had.
 
         Raises:
-            CompilerError: `backend="compiled"` without a compiler.
+            CompilerError: `backend="compiled"`, and there is no compiler or it does not work here.
         """
-        if self.backend == "auto" and build.compiler() is None:
-            _tell_of_no_compiler()
+        if self.backend == "eager":
             return False
-        return self.backend != "eager"
+        problem = native.problem()
+        if problem and self.backend == "compiled":
+            raise build.CompilerError(problem)
+        if problem:
+            _warn_once(problem)
+        return problem is None
 
-    def _variant(self, param: Tensor) -> Variant:
+    def _runner(self, batch: Batch) -> NativeChain | None:
+        """The machine code for a batch; None where PyTorch's operations run it."""
+        if not self._may_compile or not native.fits(batch.variant.device, batch.variant.dtype):
+            return None
+        if batch not in self._native:
+            self._native[batch] = NativeChain(self.chain, batch)
+        return self._native[batch]
+
+    def variant(self, param: Tensor) -> Variant:
+        """What decides with which others a parameter runs."""
         low = param.dtype in (torch.bfloat16, torch.float16)
         return Variant(
             device=param.device,
@@ -314,7 +335,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 if param.numel():
-                    variant = self._variant(param)
+                    variant = self.variant(param)
                     batch = batches.setdefault(variant, Batch(variant))
                     entry = self.state.get(param, {})
                     if entry:
@@ -324,7 +345,9 @@ class ChainOptimizer(torch.optim.Optimizer):
         self._batches, self._native, self._seen = list(batches.values()), {}, seen
         return self._batches
 
-    def _advance(self, turn: Turn, prepared: Mapping[Technique, Tensor]) -> StepRecord:
+    def _advance(
+        self, turn: Turn, prepared: Mapping[Technique, Tensor], runner: NativeChain | None
+    ) -> StepRecord:
         """One step of the parameters of a turn."""
         batch = turn.batch
         for k, (param, entry) in enumerate(zip(turn.params, turn.entries, strict=True)):
@@ -335,20 +358,14 @@ class ChainOptimizer(torch.optim.Optimizer):
                 batch.begin(whole, self.state[param])
                 self._seen.append(id(self.state[param]))
         turn.tell(self.param_groups, self.chain, prepared)
-        if self._may_compile and native.fits(batch.variant.device, batch.variant.dtype):
-            if batch not in self._native:
-                self._native[batch] = NativeChain(self.chain, batch)
-            report = self._native[batch].run(turn)
-        else:
-            report = eager.run(self.chain, turn)
+        report = runner.run(turn) if runner else eager.run(self.chain, turn)
         for entry in turn.entries:
             entry["step"] += 1
         return StepRecord(turn.roles, report)
 
 
-@lru_cache(maxsize=1)
-def _tell_of_no_compiler() -> None:
+@lru_cache(maxsize=4)
+def _warn_once(problem: str) -> None:
     logger.warning(
-        "No C++ compiler (g++ or clang++) was found: the optimizer runs by PyTorch's operations, "
-        "which takes several times as long a step."
+        "%s The optimizer runs by PyTorch's operations, which takes several times as long.", problem
     )

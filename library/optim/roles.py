@@ -279,6 +279,8 @@ class Roles:
                 (half for half in (a, b) if half is not None),
                 f"no {'lora_a' if a is None else 'lora_b'} of the same base name",
             )
+        elif not a.numel() or not b.numel():
+            self._alone((a, b), "there are no elements in it")
         elif min(a.ndim, b.ndim) < 2 or a.shape[0] != b[0].numel():
             self._alone((a, b), "the shapes of lora_a and lora_b do not multiply")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -9,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from functools import lru_cache
@@ -36,8 +38,10 @@ def compilations() -> int:
 def compiler() -> str | None:
     """The C++ compiler: `$CXX`, or the first of `g++`, `clang++` and `c++` on the path.
 
-    Microsoft's has no vector extensions and is not looked for.
+    None on Windows: Microsoft's has no vector extensions, and others' runtimes are not found.
     """
+    if sys.platform == "win32":
+        return None
     candidates = [os.environ.get("CXX"), "g++", "clang++", "c++"]
     return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
@@ -56,19 +60,34 @@ def load(source: str) -> ctypes.CDLL:
     Raises:
         CompilerError: there is no compiler, or it refused the program.
     """
+    name = f"{_fingerprint(source)}.so"
+    for folder in (cache_folder(), _own_folder()):
+        if (folder / name).exists():
+            return ctypes.CDLL(str(folder / name))
+    path = _writable_folder() / name
+    _compile(source, path)
+    return ctypes.CDLL(str(path))
+
+
+@lru_cache(maxsize=1)
+def _own_folder() -> Path:
+    """A folder of this process's own, for where the cache cannot be written."""
+    folder = Path(tempfile.mkdtemp(prefix="hina-optim-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@lru_cache(maxsize=4)
+def _writable_folder() -> Path:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
+        if os.access(folder, os.W_OK):
+            return folder
     except OSError:
-        writable = False
-    if not writable:
-        logger.warning("%s cannot be written: the optimizer compiles anew in each run.", folder)
-        folder = Path(tempfile.mkdtemp(prefix="hina-optim-"))
-    path = folder / f"{_fingerprint(source)}.so"
-    if not path.exists():
-        _compile(source, path)
-    return ctypes.CDLL(str(path))
+        pass
+    logger.warning("%s cannot be written: the optimizer compiles anew in each run.", folder)
+    return _own_folder()
 
 
 def _compile(source: str, path: Path) -> None:
@@ -84,9 +103,11 @@ def _compile(source: str, path: Path) -> None:
         finished = subprocess.run(command, capture_output=True, text=True)
         if finished.returncode:
             raise CompilerError(f"{' '.join(command)} failed:\n{finished.stderr[-4000:]}")
-        # Two processes may compile the same: each moves a whole file into place.
-        aside = path.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(made, aside)
+        # Several processes may compile the same: each moves a whole file into place.
+        handle, aside = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(made.read_bytes())
+        os.chmod(aside, 0o755)
         os.replace(aside, path)
     _compilations += 1
     logger.info("Compiled the optimizer's step in %.1f s.", time.perf_counter() - start)

@@ -18,6 +18,18 @@ CPU = torch.device("cpu")
 TYPES = (torch.float32, torch.bfloat16)
 
 
+@lru_cache(maxsize=1)
+def problem() -> str | None:
+    """Why machine code cannot be had here, as a sentence; None if it can. Tried, not guessed."""
+    if build.compiler() is None:
+        return "No C++ compiler (g++ or clang++) was found."
+    try:
+        _function("check.cpp", "all_finite")
+    except (build.CompilerError, OSError) as error:
+        return f"The C++ compiler does not make code that runs here: {error}."
+    return None
+
+
 def fits(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is machine code for such tensors: float32 and bfloat16 on the processor."""
     return device == CPU and dtype in TYPES

@@ -266,7 +266,8 @@ class ChainGraph:
         for phase in later:
             needed = set(self.needed(phase))
             if not before.isdisjoint(needed):
-                self.kept.update(dict.fromkeys(self._frontier(needed, written), written))
+                for node in self._frontier(needed, written):
+                    self.kept.setdefault(node, written)
         possible = all(before.isdisjoint(self.needed(phase)) for phase in later)
         kept = self.kept
         self.kept, self.write_in = state

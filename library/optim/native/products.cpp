@@ -37,6 +37,16 @@ struct Lanes {
 };
 static const Lanes lanes;
 
+#if defined(__clang__)
+static inline V pick(V a, V b, I from) {
+  V x;
+  for (int l = 0; l < LANES; ++l) x[l] = from[l] < LANES ? a[from[l]] : b[from[l] - LANES];
+  return x;
+}
+#else
+static inline V pick(V a, V b, I from) { return __builtin_shuffle(a, b, from); }
+#endif
+
 // Sixteen vectors as the rows of a matrix, turned into its columns.
 static inline void transpose(V* x) {
 #pragma GCC unroll 4
@@ -47,8 +57,8 @@ static inline void transpose(V* x) {
     for (int k = 0; k < LANES / 2; ++k) {
       const int i = (k & ~(d - 1)) * 2 + (k & (d - 1));
       const V a = x[i], b = x[i + d];
-      x[i] = __builtin_shuffle(a, b, upper);
-      x[i + d] = __builtin_shuffle(a, b, lower);
+      x[i] = pick(a, b, upper);
+      x[i + d] = pick(a, b, lower);
     }
   }
 }

@@ -206,7 +206,7 @@ class _Writer:
         if name not in _OPERATIONS or node.kwargs:
             raise UntranslatableError(
                 f"A technique uses '{name}' ({node.format_node()}), which has no translation to "
-                "C++. Write it with operations that have one (docs/techniques.md lists them), or "
+                "C++. Write it with operations that have one (docs/engine.md lists them), or "
                 'run the optimizer with backend="eager".'
             )
         kind = self.values[node].kind
@@ -476,9 +476,10 @@ class _Pass:
     def store_loop(self, name: str) -> int:
         """In which loop an output is written: not before the last that reads what lies there."""
         node = self.graph.outputs[name]
-        given = self.graph.inputs[name]
-        readers = [self.loop[user] for user in given.users if user in self.loop]
-        return max([self.loop[node], *readers])
+        readers = [user for user in self.graph.inputs[name].users if user in self.loop]
+        again = [user for near in readers if self.is_near(near) for user in near.users]
+        loops = [self.loop[user] for user in (*readers, *again) if user in self.loop]
+        return max([self.loop[node], *loops])
 
     def kept_at(self, node: fx.Node) -> str:
         return f"kept + {list(self.graph.kept).index(node)} * stride + at + j"

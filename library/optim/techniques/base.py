@@ -36,7 +36,7 @@ class Work:
     float32 (float64 for float64 parameters). Per-tensor quantities hold one for each tensor:
     `[tensors]`, float64. `sum` leads from the first to the second and `spread` back; apart from
     these everything is elementwise. No matrix is changed in place, and no branch of Python depends
-    on a number: the same lines run on tensors and are translated to C++ (see `cpp`).
+    on a number: the same lines run on tensors and are translated to C++ (see `native`).
 
     Attributes:
         numel, step, lr, beta1, beta2, eps, weight_decay: per tensor; the step counts from 1, the
