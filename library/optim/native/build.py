@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -61,33 +62,25 @@ def load(source: str) -> ctypes.CDLL:
         CompilerError: there is no compiler, or it refused the program.
     """
     name = f"{_fingerprint(source)}.so"
-    for folder in (cache_folder(), _own_folder()):
-        if (folder / name).exists():
-            return ctypes.CDLL(str(folder / name))
-    path = _writable_folder() / name
-    _compile(source, path)
+    path = cache_folder() / name
+    if not path.exists():
+        path = _writable_folder(cache_folder()) / name
+    if not path.exists():
+        _compile(source, path)
     return ctypes.CDLL(str(path))
 
 
-@lru_cache(maxsize=1)
-def _own_folder() -> Path:
-    """A folder of this process's own, for where the cache cannot be written."""
-    folder = Path(tempfile.mkdtemp(prefix="hina-optim-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 @lru_cache(maxsize=4)
-def _writable_folder() -> Path:
-    folder = cache_folder()
-    try:
+def _writable_folder(folder: Path) -> Path:
+    """The cache, or where it cannot be written a folder of this process's own."""
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return folder
     logger.warning("%s cannot be written: the optimizer compiles anew in each run.", folder)
-    return _own_folder()
+    own = Path(tempfile.mkdtemp(prefix="hina-optim-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
 
 
 def _compile(source: str, path: Path) -> None:
@@ -127,7 +120,7 @@ def _machine() -> str:
         version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
     flags = ""
     if (info := Path("/proc/cpuinfo")).exists():
-        flags = next(
-            (line for line in info.read_text().splitlines() if "flags" in line.lower()), ""
-        )
+        # "flags" on x86, "Features" on ARM.
+        lines = info.read_text().splitlines()
+        flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     return "\0".join([program, version, platform.machine(), platform.processor(), flags])

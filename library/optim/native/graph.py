@@ -247,14 +247,15 @@ class ChainGraph:
             if not names:
                 continue
             first = max(self.values[self.outputs[name]].phase for name in names)
-            choices = [(self.last, dict(self.kept))]
-            for phase in range(first, self.last):
-                kept = self._kept_if_written(names, phase)
-                if kept is not None and len(kept) <= len(self.kept) + 1:
-                    choices.append((phase, kept))
-            before_last = choices[1:] or choices
-            phase, self.kept = min(before_last, key=lambda choice: (len(choice[1]), choice[0]))
-            self.write_in.update(dict.fromkeys(names, phase))
+            choices = [
+                (len(kept), phase, kept)
+                for phase in range(first, self.last)
+                if (kept := self._kept_if_written(names, phase)) is not None
+                and len(kept) <= len(self.kept) + 1
+            ]
+            if choices:
+                _, phase, self.kept = min(choices, key=lambda choice: choice[:2])
+                self.write_in.update(dict.fromkeys(names, phase))
 
     def _kept_if_written(self, names: list[str], written: int) -> dict[fx.Node, int] | None:
         """What has to be kept if these are written in some pass; None if that is not enough."""

@@ -173,10 +173,11 @@ struct Sum {
 static inline float largest(V x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
-#endif
+#else
   float y = x[0];
   for (int l = 1; l < LANES; ++l) y = larger(y, x[l]);
   return y;
+#endif
 }
 
 // The seed of a block's noise: the same hash as in noise.py.

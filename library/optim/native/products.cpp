@@ -16,14 +16,6 @@ static V load_some(const Number* at, int64_t n) {
   return load(some);
 }
 
-// What is read next, asked for little by little while there is other work.
-struct Ahead {
-  const char *at, *end;
-  void some(int64_t bytes) {
-    for (const char* to = std::min(at + bytes, end); at < to; at += 64) __builtin_prefetch(at, 0, 2);
-  }
-};
-
 // Which lanes of two vectors, counted through, a step of the transposition takes.
 struct Lanes {
   I upper[4], lower[4];
@@ -65,10 +57,7 @@ static inline void transpose(V* x) {
 
 // AAᵀ of A [rank, width], as rows of `stride` numbers.
 template <class Number>
-static void gram(const Number* a, int64_t rank, int64_t width, float* out, int64_t stride,
-                 Ahead next) {
-  const int64_t tiles = (rank + TILE - 1) / TILE;
-  const int64_t share = (next.end - next.at) / (tiles * (tiles + 1) / 2) + 64;
+static void gram(const Number* a, int64_t rank, int64_t width, float* out, int64_t stride) {
   for (int64_t i = 0; i < rank; i += TILE)
     for (int64_t j = i; j < rank; j += TILE) {
       const Number *left[TILE], *right[TILE];
@@ -76,7 +65,6 @@ static void gram(const Number* a, int64_t rank, int64_t width, float* out, int64
         left[k] = a + std::min(i + k, rank - 1) * width;
         right[k] = a + std::min(j + k, rank - 1) * width;
       }
-      next.some(share);
       V product[TILE][TILE] = {};
       for (int64_t at = 0; at < width; at += LANES) {
         V x[TILE], y[TILE];
@@ -98,12 +86,10 @@ static void gram(const Number* a, int64_t rank, int64_t width, float* out, int64
 // The mean over the rows b of B [height, rank] of √(b·G·bᵀ); sixteen rows at once, one a lane.
 template <class Number>
 static double mean_norm(const Number* b, int64_t height, int64_t rank, const float* g,
-                        int64_t stride, Ahead next) {
-  const int64_t share = (next.end - next.at) / (height / LANES + 1) + 64;
+                        int64_t stride) {
   Sum norms;
   std::vector<V> columns(stride);
   for (int64_t i = 0; i < height; i += LANES) {
-    next.some(share);
     for (int64_t j = 0; j < rank; j += LANES) {
       for (int l = 0; l < LANES; ++l) {
         const Number* row = b + (i + l) * rank + j;
@@ -132,25 +118,16 @@ struct Pair {
 };
 
 template <class Number>
-static Ahead all_of(const void* at, int64_t count) {
-  return {(const char*)at, (const char*)((const Number*)at + count)};
-}
-
-template <class Number>
-static double row_norm(const Pair& pair, const Pair& next) {
+static double row_norm(const Pair& pair) {
   const int64_t stride = (pair.rank + LANES - 1) / LANES * LANES;
   std::vector<float> g(stride * stride);
-  gram((const Number*)pair.a, pair.rank, pair.width, g.data(), stride,
-       all_of<Number>(next.a, next.rank * next.width));
-  return mean_norm((const Number*)pair.b, pair.height, pair.rank, g.data(), stride,
-                   all_of<Number>(next.b, next.rank * next.height));
+  gram((const Number*)pair.a, pair.rank, pair.width, g.data(), stride);
+  return mean_norm((const Number*)pair.b, pair.height, pair.rank, g.data(), stride);
 }
 
 // `half` tells bfloat16 from float32.
 extern "C" void row_norms(const Pair* pairs, int64_t count, int half, int threads, double* norms) {
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) {
-    const Pair& next = pairs[std::min(i + 1, count - 1)];
-    norms[i] = half ? row_norm<bfloat>(pairs[i], next) : row_norm<float>(pairs[i], next);
-  }
+  for (int64_t i = 0; i < count; ++i)
+    norms[i] = half ? row_norm<bfloat>(pairs[i]) : row_norm<float>(pairs[i]);
 }
