@@ -13,19 +13,9 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-LR = 1e-4
+from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
 
-_SWITCHES = (
-    "use_orthogonal_grad",
-    "use_agr",
-    "use_adopt_stability",
-    "use_tam",
-    "use_grams",
-    "use_cautious",
-    "use_spd",
-    "use_alora",
-    "dynamic_weight_decay",
-)
+LR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -126,7 +116,11 @@ CONTENDERS = (
         for name in ("ADOPT", "Grams", "AdaTAM")
     ),
     _ours("hina", "HinaAdamW, all defaults"),
-    _ours("hina-adamw", "HinaAdamW, only 8-bit AdamW on", **dict.fromkeys(_SWITCHES, False)),
+    _ours(
+        "hina-adamw",
+        "HinaAdamW, only 8-bit AdamW on",
+        **dict.fromkeys(HinaAdamWOptimizer.SWITCHES, False),
+    ),
     _ours("hina-eager", "HinaAdamW, all defaults, eager", backend="eager"),
 )
 

@@ -36,18 +36,6 @@ from library.optim.techniques.spd import Anchor
 
 logger = logging.getLogger(__name__)
 
-_SWITCHES = (
-    "use_orthogonal_grad",
-    "use_agr",
-    "use_adopt_stability",
-    "use_tam",
-    "use_grams",
-    "use_cautious",
-    "use_spd",
-    "use_alora",
-    "dynamic_weight_decay",
-)
-
 
 class HinaAdamWOptimizer(ChainOptimizer):
     """AdamW, and nine techniques that are switched on and off one by one (spec 1 §3).
@@ -88,9 +76,21 @@ class HinaAdamWOptimizer(ChainOptimizer):
         NonFiniteGradientError: from `step`, naming the tensors; nothing was changed.
     """
 
+    # The arguments that switch a technique on or off.
+    SWITCHES: ClassVar[tuple[str, ...]] = (
+        "use_orthogonal_grad",
+        "use_agr",
+        "use_adopt_stability",
+        "use_tam",
+        "use_grams",
+        "use_cautious",
+        "use_spd",
+        "use_alora",
+        "dynamic_weight_decay",
+    )
     RULES: ClassVar[dict[str, Rule]] = {
         **ChainOptimizer.RULES,
-        **dict.fromkeys(_SWITCHES, flag()),
+        **dict.fromkeys(SWITCHES, flag()),
         "tam_beta": number(0, 1, open_high=True),
         "alora_ratio": number(0, open_low=True),
         "wd_transition_steps": whole_number(1),
@@ -132,7 +132,7 @@ class HinaAdamWOptimizer(ChainOptimizer):
     ) -> None:
         given = {key: plain(value) for key, value in locals().items() if key in self.RULES}
         self.validate(**given)
-        self.switches = {name: given[name] for name in _SWITCHES}
+        self.switches = {name: given[name] for name in self.SWITCHES}
         momentum = TorqueAware(given["tam_beta"]) if use_tam else Momentum()
         decay = DynamicWeightDecay(
             given["wd_transition_steps"], given["wd_decay_factor"], given["wd_min_ratio"]

@@ -6,9 +6,10 @@ import shutil
 import tempfile
 
 import torch
+from picture_folders import dreambooth_dir
 from tiny_models import tiny_sd1, tiny_sd2, tiny_sdxl
 
-__all__ = ["tiny_sd1", "tiny_sd2", "tiny_sdxl"]
+__all__ = ["dreambooth_dir", "tiny_sd1", "tiny_sd2", "tiny_sdxl"]
 
 # The tensors are tiny: a second thread gains nothing, and on a busy machine costs ten times more.
 torch.set_num_threads(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,18 +11,7 @@ from torch import Tensor, nn
 
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
 
-SWITCHES = (
-    "use_orthogonal_grad",
-    "use_agr",
-    "use_adopt_stability",
-    "use_tam",
-    "use_grams",
-    "use_cautious",
-    "use_spd",
-    "use_alora",
-    "dynamic_weight_decay",
-)
-NOTHING_ON: dict[str, Any] = dict.fromkeys(SWITCHES, False)
+NOTHING_ON: dict[str, Any] = dict.fromkeys(HinaAdamWOptimizer.SWITCHES, False)
 
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -38,16 +26,14 @@ CASES: dict[str, dict[str, Any]] = {
     "betas and eps": {"betas": (0.5, 0.9), "eps": 1e-6},
     "no momentum": {"betas": (0.0, 0.9)},
 }
-_HAS_BACKENDS = "backend" in inspect.signature(HinaAdamWOptimizer).parameters
 
 each_case = pytest.mark.parametrize("options", CASES.values(), ids=list(CASES))
 each_backend = pytest.mark.parametrize("backend", ["compiled", "eager"])
 
 
 def hina(params: Iterable[Any], backend: str, **options: Any) -> HinaAdamWOptimizer:
-    """HinaAdamW on a backend, where the class lets one choose."""
-    chosen: dict[str, Any] = {"backend": backend} if _HAS_BACKENDS else {}
-    return HinaAdamWOptimizer(params, **chosen, **options)
+    """HinaAdamW on a backend."""
+    return HinaAdamWOptimizer(params, backend=backend, **options)
 
 
 def named(*tensors: Tensor) -> list[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Small real pictures on disk, and options that train on them."""
+"""Small real pictures on disk, and options and batches to train on them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from library.training.data import Batch, TrainingData
 from library.training.options import Options
 
 
@@ -46,9 +48,31 @@ def write_folder(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> 
     ]
 
 
+@pytest.fixture
+def dreambooth_dir(tmp_path: Path) -> Path:
+    """A folder with `2_cat` in it: seven pictures, twice each."""
+    write_folder(tmp_path / "2_cat", 7)
+    return tmp_path
+
+
 def damage(path: Path) -> None:
     """Overwrite some of a file's middle; its header and its end stay as they are."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 8] = b"\xff\xc4\0\1\xff\xda\0\0"
     path.write_bytes(content)
+
+
+def batches(
+    data: TrainingData,
+    options: Options,
+    start: tuple[int, int] = (0, 0),
+    epochs: int = 1,
+    process: int = 0,
+    processes: int = 1,
+) -> list[tuple[int, int, Batch]]:
+    """What a process gets from the loader: (epoch, index, batch)."""
+    loader = data.loader(options, start, epochs, process, processes)
+    items = list(loader)
+    assert len(items) == len(loader)
+    return items

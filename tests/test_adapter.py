@@ -182,7 +182,7 @@ class TestThirdParty:
         ) -> nn.Module:
             return ThirdPartyNetwork(text_encoder, unet, keys["dropout"])
 
-        module.create_network = create_network  # type: ignore[attr-defined]
+        vars(module)["create_network"] = create_network
         monkeypatch.setitem(sys.modules, "their_network", module)
 
     def test_groups_get_names_and_labels(self, tiny_sd1: Path) -> None:

@@ -25,9 +25,9 @@ BASE = 0.5
 STEPS = 40
 
 
-def optimizer(kind: type[Optimizer] = torch.optim.SGD, groups: int = 1) -> Optimizer:
+def optimizer(kind: Callable[..., Optimizer] = torch.optim.SGD, groups: int = 1) -> Optimizer:
     parameters = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(groups)]
-    return kind(parameters, lr=BASE)  # type: ignore[call-arg]
+    return kind(parameters, lr=BASE)
 
 
 def factors(options: Options, steps: int = STEPS) -> list[float]:

@@ -6,8 +6,8 @@ import logging
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -316,19 +316,11 @@ def test_vae_key_changes_with_what_latents_depend_on(folders: dict[Kind, Path]) 
     assert scaled.vae_key != model.vae_key
 
 
-@dataclass
-class Sizes:
-    """What `predict` reads of a batch."""
-
-    original_sizes: Tensor
-    crop_top_lefts: Tensor
-    target_sizes: Tensor
-
-
-SIZES = Sizes(
-    torch.tensor([[512, 384], [100, 200]]),
-    torch.tensor([[0, 16], [8, 0]]),
-    torch.tensor([[64, 48], [64, 48]]),
+# What `predict` reads of a batch.
+SIZES: Any = SimpleNamespace(
+    original_sizes=torch.tensor([[512, 384], [100, 200]]),
+    crop_top_lefts=torch.tensor([[0, 16], [8, 0]]),
+    target_sizes=torch.tensor([[64, 48], [64, 48]]),
 )
 
 
@@ -339,7 +331,7 @@ def test_prediction_is_the_unets(models: dict[Kind, DiffusionModel], kind: Kind)
     steps = torch.tensor([10, 900])
     with torch.no_grad():
         text = encode_captions(model, ["a red cat", ""], Options())
-        prediction = model.predict(noisy, steps, text, SIZES)  # type: ignore[arg-type]
+        prediction = model.predict(noisy, steps, text, SIZES)
         if kind != "sdxl":
             expected = model.unet(noisy, steps, text.context).sample
         else:

@@ -21,8 +21,10 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import NOTHING_ON, SWITCHES, each_backend, hina, named, parameters
+from optimizers import NOTHING_ON, each_backend, hina, named, parameters
 from torch import Tensor, nn
+
+from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
 
 LR, BETAS, EPS, DECAY, STEPS = 0.01, (0.9, 0.99), 1e-3, 0.05, 50  # ε large enough to act
 SHAPES = ((), (1,), (7,), (16, 24), (6, 5, 3, 3), (130, 70), (2, 1, 513))
@@ -243,9 +245,10 @@ def combined(backend: str, on: tuple[bool, ...]) -> Tensor:
     cautious mask and Grams act).
     """
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(shape, generator=generator) for shape in MODULES.values()]
-    params = dict(zip(MODULES, parameters(*values), strict=True))
-    switches = dict(zip(SWITCHES, on, strict=True))
+    values = {name: torch.randn(shape, generator=generator) for name, shape in MODULES.items()}
+    values["x.lora_up.weight"].zero_()  # where training starts
+    params = dict(zip(values, parameters(*values.values()), strict=True))
+    switches = dict(zip(HinaAdamWOptimizer.SWITCHES, on, strict=True))
     common = {"lr": LR, "weight_decay": 0.02, "wd_transition_steps": 1, "optim_bits": 32}
     optimizer = hina(params.items(), backend, **common, **switches)
     for _ in range(3):
@@ -263,11 +266,12 @@ def combined(backend: str, on: tuple[bool, ...]) -> Tensor:
 def test_every_switch_acts_in_every_combination(backend, counts):
     """All 512 are finite, and each differs from the nine that differ from it in one switch. As
     machine code, each takes seconds to compile: all, and all but one."""
-    all_of_them = itertools.product((False, True), repeat=len(SWITCHES))
+    switches = HinaAdamWOptimizer.SWITCHES
+    all_of_them = itertools.product((False, True), repeat=len(switches))
     ends = {on: combined(backend, on) for on in all_of_them if sum(on) in counts}
     for on, end in ends.items():
         assert end.isfinite().all(), on
-        for i, switch in enumerate(SWITCHES):
+        for i, switch in enumerate(switches):
             other = (*on[:i], True, *on[i + 1 :])
             if not on[i] and other in ends:
                 assert (end - ends[other]).abs().max() > 1e-4 * LR, (switch, on)

@@ -42,7 +42,7 @@ def ids(model: DiffusionModel, caption: str, chunks: int, which: int = 0) -> lis
         model.tokenizers[which], model.text_encoders[which], [caption], chunks, weighted=False
     )
     assert tokens.shape == (1, chunks, 77)
-    return tokens[0].tolist()  # type: ignore[no-any-return]
+    return tokens[0].tolist()
 
 
 def token(model: DiffusionModel, text: str) -> int:

@@ -15,8 +15,6 @@ from .chain import Variant
 from .roles import family_of
 from .techniques.base import Technique
 
-HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay")
-
 
 class Batch:
     """All parameters of one variant, in the optimizer's order.
@@ -112,8 +110,8 @@ class Turn:
         index: `[active]`, which parameters have a gradient; a slice where all have.
         params, entries, roles: those parameters, and what the batch knows of them.
         grads: their gradients, contiguous and of the parameters' type.
-        numbers: float64 `[7, active]`: `numel`, `step` and the group's hyper-parameters.
-        factors: of each technique that has one, float64 `[active]`.
+        numbers: float64 `[8, active]`, what `PER_TENSOR` names, on the parameters' device.
+        factors: of each technique that has one, float64 `[active]`, there too.
     """
 
     batch: Batch
@@ -130,23 +128,28 @@ class Turn:
         groups: Sequence[dict[str, Any]],
         chain: Sequence[Technique],
         prepared: Mapping[Technique, Tensor],
+        pair_norms: Tensor,
     ) -> None:
-        """Fill in what the chain is told per tensor; the steps are counted on."""
+        """Fill in what the chain is told per tensor; the steps are counted on.
+
+        Args:
+            prepared, pair_norms: float64 `[parameters]`, of all parameters of the optimizer.
+        """
         steps = [step + 1 for step in map(itemgetter("step"), self.entries)]
         hyper = torch.tensor([_hyper(group) for group in groups], dtype=torch.float64)
         rows = [self.batch.numel[self.index].double(), torch.tensor(steps, dtype=torch.float64)]
-        self.numbers = torch.cat(
-            [torch.stack(rows), hyper[self.batch.group_index[self.index]].T]
-        ).contiguous()
+        rows += hyper[self.batch.group_index[self.index]].T
+        device, positions = self.batch.variant.device, self.batch.position_index[self.index]
+        norms = pair_norms.to(device)[positions]
+        self.numbers = torch.cat([torch.stack(rows).to(device), norms.unsqueeze(0)])
         for technique in chain:
             if not technique.has_factor:
                 continue
             factor = prepared.get(technique)
             if factor is None:
-                self.factors[technique] = self._schedule(technique, steps)
+                self.factors[technique] = self._schedule(technique, steps).to(device)
             else:
-                positions = self.batch.position_index[self.index]
-                self.factors[technique] = factor.to("cpu")[positions]
+                self.factors[technique] = factor.to(device)[positions]
 
     def _schedule(self, technique: Technique, steps: list[int]) -> Tensor:
         """A technique's factors; it is asked once for each family and step that occur."""

@@ -16,6 +16,9 @@ from . import noise
 from .state import CODES, QUANTIZABLE, Kind, decode, encode
 from .techniques.base import Technique, Work
 
+PER_TENSOR = ("numel", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "pair_norm")
+"""What the chain is told of each tensor, beside factors."""
+
 
 class Blocks(Protocol):
     """The layout as a chain needs it: sums, per-block maxima and noise."""
@@ -106,7 +109,7 @@ def advance(
 
     Args:
         held: by name; codes with their scales, all else as values.
-        per_tensor: `numel`, `step`, `lr`, `beta1`, `beta2`, `eps`, `weight_decay`.
+        per_tensor: by the names of `PER_TENSOR`.
     """
     state: dict[str, Tensor] = {
         slot.name: decode(held[slot.name], held[slot.scale], slot.kind)

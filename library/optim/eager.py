@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .batch import HYPER, Turn
-from .chain import advance
+from .batch import Turn
+from .chain import PER_TENSOR, advance
 from .layout import BLOCK, Layout, layout_of
 from .techniques.base import Technique
 
 # Elements that run through the chain together: a dozen float32 matrices of them fit a CPU's cache.
 PIECE = 1 << 17
-NUMBERS = ("numel", "step", *HYPER)
 
 
 def run(chain: Sequence[Technique], turn: Turn) -> dict[str, Tensor]:
@@ -74,17 +73,17 @@ def _run_piece(chain: Sequence[Technique], turn: Turn, piece: slice) -> dict[str
             held[slot.scale] = scales.unsqueeze(1)
         else:
             held[slot.name] = layout.gather(kept, variant.maths)
-    numbers = turn.numbers[:, piece].to(variant.device)
+    numbers = turn.numbers[:, piece]
     keys = torch.tensor([entry["noise_key"] for entry in entries], dtype=torch.int32)
-    seeds = noise.seeds(keys, turn.numbers[1, piece]).to(variant.device)
+    seeds = noise.seeds(keys.to(variant.device), numbers[1])
     new_p, after, report = advance(
         chain,
         variant,
         held,
         layout.gather(params, variant.maths),
         layout.gather(turn.grads[piece], variant.maths),
-        dict(zip(NUMBERS, numbers.unbind(), strict=True)),
-        {key: factor[piece].to(variant.device) for key, factor in turn.factors.items()},
+        dict(zip(PER_TENSOR, numbers.unbind(), strict=True)),
+        {key: factor[piece] for key, factor in turn.factors.items()},
         _Blocks(layout, seeds, variant.maths),
     )
     shapes = [param.shape for param in params]

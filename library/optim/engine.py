@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +36,8 @@ from .chain import Variant
 from .finite import all_finite
 from .native import build
 from .native import functions as native
-from .native.run import NativeChain
+from .native.run import Look, NativeChain
+from .products import lora_row_norms
 from .roles import Roles, group_names
 from .state import Kind
 from .techniques.base import TINY, Technique
@@ -179,19 +181,21 @@ class ChainOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_groups()
         turns = [turn for batch in self._batches_now() if (turn := make_turn(batch)) is not None]
-        if not self._all_finite(turns):
+        # Machine code is made, and gradients are looked at, before anything moves.
+        looks = [self._look(turn) for turn in turns]
+        if not self._all_finite(turns, looks):
             self.skipped_steps += 1
             return loss
-        # Machine code is made before anything moves: a compiler may fail.
-        run = [self._runner(turn.batch) for turn in turns]
         # Before any parameter moves: a pair's halves may lie in different batches.
         prepared = {
             technique: factor
             for technique in self.chain
-            if (factor := technique.prepare(self.roles, self._may_compile)) is not None
+            if (factor := technique.prepare(self.roles)) is not None
         }
+        norms = self._pair_norms(looks)
         self.last_step = [
-            self._advance(turn, prepared, runner) for turn, runner in zip(turns, run, strict=True)
+            self._advance(turn, prepared, norms, look)
+            for turn, look in zip(turns, looks, strict=True)
         ]
         return loss
 
@@ -271,9 +275,10 @@ class ChainOptimizer(torch.optim.Optimizer):
                 f"{self.roles.call(sparse)} has one."
             )
 
-    def _all_finite(self, turns: Sequence[Turn]) -> bool:
+    def _all_finite(self, turns: Sequence[Turn], looks: Sequence[Look | None]) -> bool:
         """Whether every gradient is finite; if not, and steps are not to be skipped, an error."""
-        if all_finite(turns, self._may_compile):
+        others = (turn.grads for turn, look in zip(turns, looks, strict=True) if not look)
+        if all(look.finite for look in looks if look) and all_finite(chain.from_iterable(others)):
             return True
         if self.nonfinite == "raise":
             broken = [
@@ -306,13 +311,29 @@ class ChainOptimizer(torch.optim.Optimizer):
             _warn_once(problem)
         return problem is None
 
-    def _runner(self, batch: Batch) -> NativeChain | None:
-        """The machine code for a batch; None where PyTorch's operations run it."""
+    def _look(self, turn: Turn) -> Look | None:
+        """Machine code's look at gradients; None where PyTorch's operations run the step."""
+        batch = turn.batch
         if not self._may_compile or not native.fits(batch.variant.device, batch.variant.dtype):
             return None
         if batch not in self._native:
-            self._native[batch] = NativeChain(self.chain, batch)
-        return self._native[batch]
+            self._native[batch] = NativeChain(self.chain, batch, self.roles.lora_pairs)
+        return self._native[batch].look(turn)
+
+    def _pair_norms(self, looks: Sequence[Look | None]) -> Tensor:
+        """Mean row norms of B·A, `[parameters]`, of the LoRA pairs for which machine code does not
+        compute them itself; 0 for all else."""
+        roles = self.roles
+        norms = torch.zeros(len(roles.role), dtype=torch.float64)
+        if not any(technique.uses_pair_norm for technique in self.chain):
+            return norms
+        inside = frozenset().union(*(look.order.pairs for look in looks if look))
+        rest = [k for k in range(len(roles.lora_pairs)) if k not in inside]
+        if rest:
+            found = lora_row_norms([roles.lora_pairs[k] for k in rest])
+            norms = norms.to(found.device)
+            norms[roles.lora_positions[rest]] = found.unsqueeze(1)
+        return norms
 
     def variant(self, param: Tensor) -> Variant:
         """What decides with which others a parameter runs."""
@@ -346,7 +367,11 @@ class ChainOptimizer(torch.optim.Optimizer):
         return self._batches
 
     def _advance(
-        self, turn: Turn, prepared: Mapping[Technique, Tensor], runner: NativeChain | None
+        self,
+        turn: Turn,
+        prepared: Mapping[Technique, Tensor],
+        norms: Tensor,
+        look: Look | None,
     ) -> StepRecord:
         """One step of the parameters of a turn."""
         batch = turn.batch
@@ -357,8 +382,11 @@ class ChainOptimizer(torch.optim.Optimizer):
                 whole = k if isinstance(turn.index, slice) else int(turn.index[k])
                 batch.begin(whole, self.state[param])
                 self._seen.append(id(self.state[param]))
-        turn.tell(self.param_groups, self.chain, prepared)
-        report = runner.run(turn) if runner else eager.run(self.chain, turn)
+        turn.tell(self.param_groups, self.chain, prepared, norms)
+        if look:
+            report = self._native[batch].run(turn, look)
+        else:
+            report = eager.run(self.chain, turn)
         for entry in turn.entries:
             entry["step"] += 1
         return StepRecord(turn.roles, report)

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .native import functions as native
 from .roles import Factor, LoKrPair, LoRAPair
 
 
@@ -32,54 +30,18 @@ def _stack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack([t.to(device) for t in tensors]).float()
 
 
-def lora_row_norms(pairs: Sequence[LoRAPair], compiled: bool = False) -> Tensor:
+def lora_row_norms(pairs: Sequence[LoRAPair]) -> Tensor:
     """Mean row norm of B·A of each pair, `[pairs]` float64.
 
     Row i of B·A is bᵢA, and ‖bᵢA‖² = bᵢ(AAᵀ)bᵢᵀ: the r×r Gram matrix of A is enough, B·A is never
     formed. A is `[r, in]` (a convolution `[r, in·kernel]`), B `[out, r]`. With a Tucker core M
     (`[r, r, kernel]`) A stands for all matrices MₖA, whose Gram matrix is Σₖ Mₖ(AAᵀ)Mₖᵀ.
-
-    Args:
-        compiled: whether machine code may be used for what lies on the processor.
     """
     home = pairs[0].a.device
     norms = torch.empty(len(pairs), dtype=torch.float64, device=home)
-    for batch in _same_kinds(pairs, compiled):
-        some = [pairs[i] for i in batch]
-        if compiled and _is_native(some[0]):
-            norms[batch] = native.lora_row_norms([(pair.a, pair.b) for pair in some]).to(home)
-        else:
-            norms[batch] = _row_norms(some, home).double()
+    for batch in _same_shapes([(pair.a, pair.b, pair.mid) for pair in pairs]):
+        norms[batch] = _row_norms([pairs[i] for i in batch], home).double()
     return norms
-
-
-def _is_native(pair: LoRAPair) -> bool:
-    """Whether there is machine code for a pair."""
-    return pair.mid is None and _are_native([pair.a, pair.b])
-
-
-def _are_native(tensors: Sequence[Tensor]) -> bool:
-    kinds = set(map(attrgetter("dtype", "device"), tensors))
-    return (
-        len(kinds) == 1
-        and native.fits(tensors[0].device, tensors[0].dtype)
-        and all(map(Tensor.is_contiguous, tensors))
-    )
-
-
-def _same_kinds(pairs: Sequence[LoRAPair], compiled: bool) -> list[list[int]]:
-    """Indices of pairs that can be computed together: of one shape, or by machine code."""
-    if compiled and not any(pair.mid is not None for pair in pairs):
-        halves = [half for pair in pairs for half in (pair.a, pair.b)]
-        if _are_native(halves):
-            return [list(range(len(pairs)))]
-    batches: dict[Any, list[int]] = defaultdict(list)
-    for index, pair in enumerate(pairs):
-        if compiled and _is_native(pair):
-            batches[pair.a.dtype].append(index)
-        else:
-            batches[_shapes((pair.a, pair.b, pair.mid))].append(index)
-    return list(batches.values())
 
 
 def _row_norms(pairs: Sequence[LoRAPair], home: torch.device) -> Tensor:

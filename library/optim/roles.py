@@ -216,7 +216,8 @@ class Roles:
     @cached_property
     def lora_positions(self) -> Tensor:
         """`[pairs, 2]`: the positions of a and b of each LoRA pair."""
-        return torch.tensor([(self.position[p.a], self.position[p.b]) for p in self.lora_pairs])
+        positions = [(self.position[p.a], self.position[p.b]) for p in self.lora_pairs]
+        return torch.tensor(positions, dtype=torch.int64).view(-1, 2)
 
     @cached_property
     def lokr_members(self) -> Tensor:

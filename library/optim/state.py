@@ -98,4 +98,5 @@ def decode(codes: Tensor, scale: Tensor, kind: Kind) -> Tensor:
     size = codes.abs() if kind == "signed" else codes
     floored = ((size << _CUT) + code.base).view(torch.float32)
     value = floored * scale - code.floor * scale
-    return torch.where(codes < 0, -value, value) if kind == "signed" else value
+    # The sign of an int32 is where that of a float32 is.
+    return torch.copysign(value, codes.view(torch.float32)) if kind == "signed" else value

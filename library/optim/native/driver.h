@@ -1,5 +1,6 @@
 // Leads tensors through the phases of a chain. What comes before this file in the program is made
-// from the chain itself: begin(), pass() and after(), and how many phases, sums and values it has.
+// from the chain itself: look(), begin(), pass() and after(), and how many phases, sums and values it
+// has.
 //
 // A phase runs over a tensor's blocks, sums what a later phase needs, and writes what no later one
 // makes use of.
@@ -11,16 +12,27 @@
 // those, which still wait for work in a loop when an optimizer's step begins.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
 #include <atomic>
 #include <memory>
 #include <vector>
+
+#include "products.h"
 
 constexpr int64_t CHUNK = 16;    // blocks whose sums are added first
 constexpr int64_t LARGE = 2048;  // blocks: half a million elements, a core's cache
 constexpr int64_t SHARE = 16;    // chunks of a large tensor that a thread takes at once
 constexpr int64_t TASK = 64;     // blocks: small tensors that a thread takes at once
+constexpr int64_t PIECE = 256;   // blocks of gradients that a thread looks at at once
 
 static int64_t blocks_of(const Call& call, int64_t i) { return (call.numel[i] + BLOCK - 1) / BLOCK; }
+
+// Not more threads than there is work for.
+static int threads_for(const Call& call) {
+  int64_t all = 0;
+  for (int64_t i = 0; i < call.tensors; ++i) all += blocks_of(call, i);
+  return std::min<int64_t>(call.threads, (all + TASK - 1) / TASK);
+}
 
 static void add_up(const double* partial, int64_t chunks, double* sums) {
   for (int s = 0; s < SUMS; ++s) sums[s] = 0;
@@ -32,7 +44,7 @@ static void small_tensor(const Call& call, int64_t i, float* kept) {
   double values[VALUES + 1], sums[SUMS + 1], partial[(LARGE / CHUNK) * SUMS + 1];
   const int64_t blocks = blocks_of(call, i), chunks = (blocks + CHUNK - 1) / CHUNK;
   begin(call, i, values);
-  for (int phase = 0; phase < PHASES; ++phase) {
+  for (int phase = 1; phase <= PHASES; ++phase) {
     for (int64_t c = 0; c < chunks; ++c)
       pass(phase, call, i, c * CHUNK, std::min(blocks, (c + 1) * CHUNK), values,
            partial + c * SUMS, kept, LARGE * BLOCK);
@@ -58,7 +70,7 @@ static void large_tensor(const Call& call, int64_t i, Shared& shared) {
     shared.partial.resize(chunks * SUMS + 1);
     shared.kept.resize(KEPT * blocks * BLOCK);
   }
-  for (int phase = 0; phase < PHASES; ++phase) {
+  for (int phase = 1; phase <= PHASES; ++phase) {
 #pragma omp master
     shared.next = 0;
 #pragma omp barrier
@@ -75,34 +87,70 @@ static void large_tensor(const Call& call, int64_t i, Shared& shared) {
   }
 }
 
-extern "C" void advance(const Call* given) {
+// Looks at all gradients: 1 where they are finite. The sums go to `looked`.
+extern "C" int look_at_all(const Call* given) {
   const Call& call = *given;
-  std::vector<int64_t> large, task_ends;
-  int64_t filled = TASK, all = 0;
-  // From the last to the first: the search for non-finite gradients ended at the last ones, and
-  // these still lie in the processor's shared cache.
-  for (int64_t i = call.tensors - 1; i >= 0; --i) {
-    const int64_t blocks = blocks_of(call, i);
-    all += blocks;
-    if (blocks > LARGE) large.push_back(i);
-    if (filled >= TASK) { task_ends.push_back(i); filled = 0; }
-    task_ends.back() = i;
-    filled += blocks > LARGE ? 0 : blocks;
+  struct Piece { int64_t tensor, first, last; };
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < call.tensors; ++i)
+    for (int64_t b = 0, blocks = blocks_of(call, i); b < blocks; b += PIECE)
+      pieces.push_back({i, b, std::min(blocks, b + PIECE)});
+  const int64_t count = pieces.size();
+  std::vector<double> partial(count * LOOKS + 1);
+  int fine = 1;
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads_for(call)) reduction(& : fine)
+  for (int64_t k = 0; k < count; ++k)
+    fine &= look(call, pieces[k].tensor, pieces[k].first, pieces[k].last, &partial[k * LOOKS]);
+  std::fill_n(call.looked, LOOKS * call.tensors, 0.0);
+  for (int64_t k = 0; k < count; ++k)
+    for (int s = 0; s < LOOKS; ++s)
+      call.looked[s * call.tensors + pieces[k].tensor] += partial[k * LOOKS + s];
+  return fine;
+}
+
+// The mean row norm of B·A, if the tensor at this place of the order is the first half of a pair.
+static void norm_of_pair(const Call& call, int64_t place) {
+  if (!call.ranks[place]) return;
+  const int64_t first = call.order[place], second = call.order[place + 1];
+  const int64_t rank = std::abs(call.ranks[place]);
+  const int64_t a = call.ranks[place] > 0 ? first : second, b = a == first ? second : first;
+  double* norms = call.given + NORM * call.tensors;
+  norms[a] = norms[b] = row_norm((const Number*)call.held[a], (const Number*)call.held[b], rank,
+                                 call.numel[a] / rank, call.numel[b] / rank);
+}
+
+extern "C" void advance_all(const Call* given) {
+  const Call& call = *given;
+  const auto is_large = [&](int64_t place) { return blocks_of(call, call.order[place]) > LARGE; };
+  const auto is_paired = [&](int64_t place) { return place > 0 && call.ranks[place - 1]; };
+  std::vector<int64_t> large, pairs, tasks;  // places in the order; a task ends where one begins
+  int64_t filled = TASK;
+  for (int64_t k = 0; k < call.tensors; ++k) {
+    if (is_large(k)) large.push_back(k);
+    if (call.ranks[k] && (is_large(k) || is_large(k + 1))) pairs.push_back(k);
+    if (filled >= TASK && !is_paired(k)) {
+      tasks.push_back(k);
+      filled = 0;
+    }
+    filled += is_large(k) ? 0 : blocks_of(call, call.order[k]);
   }
+  const int64_t count = tasks.size();
+  tasks.push_back(call.tensors);
   Shared shared;
-  std::atomic<int64_t> next{0};
-  const int threads = std::min<int64_t>(call.threads, (all + TASK - 1) / TASK);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads_for(call))
   {
-    for (int64_t i : large) large_tensor(call, i, shared);
+#pragma omp for schedule(dynamic)
+    for (int64_t k = 0; k < (int64_t)pairs.size(); ++k) norm_of_pair(call, pairs[k]);
+    for (int64_t k : large) large_tensor(call, call.order[k], shared);
     // A thread's own, from step to step: fresh pages cost more than what is computed on them.
     static thread_local std::unique_ptr<float[]> scratch;
     if (!scratch) scratch.reset(new float[KEPT * LARGE * BLOCK + LANES]);
     float* kept = scratch.get();
-    for (int64_t task; (task = next.fetch_add(1)) < (int64_t)task_ends.size();) {
-      const int64_t from = task ? task_ends[task - 1] - 1 : call.tensors - 1;
-      for (int64_t i = from; i >= task_ends[task]; --i)
-        if (blocks_of(call, i) <= LARGE) small_tensor(call, i, kept);
-    }
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < count; ++task)
+      for (int64_t k = tasks[task]; k < tasks[task + 1]; ++k) {
+        if (call.ranks[k] && !is_large(k) && !is_large(k + 1)) norm_of_pair(call, k);
+        if (!is_large(k)) small_tensor(call, call.order[k], kept);
+      }
   }
 }

@@ -4,6 +4,9 @@ The chain is run once on symbols (`torch.fx`). That gives a graph of elementwise
 over tensors and maxima over blocks. Sums divide it into phases: what depends on a sum can only be
 known in a later pass over the tensor. Maxima divide a pass in the same way into loops over the
 block's elements.
+
+Phase 0 is the look at the gradients of all tensors, before anything moves: it has to be made for
+their finiteness, and sums over gradients alone cost nothing more there. All else begins in phase 1.
 """
 
 from __future__ import annotations
@@ -16,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..chain import Variant, advance
+from ..chain import PER_TENSOR, Variant, advance
 from ..techniques.base import Technique
 
-PER_TENSOR = ("numel", "step", "lr", "beta1", "beta2", "eps", "weight_decay")
 
 
 class Level(IntEnum):
@@ -39,7 +41,7 @@ def draw(number: Any) -> Any: ...
 
 
 _ALIASES = {"div": "truediv", "divide": "truediv", "max": "maximum", "min": "minimum"}
-_COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
+COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
 _COSTLY = {"truediv", "sqrt", "rsqrt", "reciprocal", "exp", "pow"}
 _WORTH_KEEPING = 7  # operations
 
@@ -82,7 +84,7 @@ class ChainGraph:
         outputs: the nodes that are written, by the name of what is held, and `p`.
         report: the nodes that are reported per tensor.
         factors: the techniques that ask for a factor, in the order of the inputs `factor0`, ….
-        last: the last phase, in which at the latest everything is written.
+        last: the last phase, in which at the latest everything is written; the first is 1.
         write_in: the pass that writes each output of elements or blocks.
         kept: nodes that several passes need and that cost more to compute again than to load, and
             the pass that makes them.
@@ -96,15 +98,16 @@ class ChainGraph:
         self._graph = fx.Graph()
         self._tracer = fx.proxy.GraphAppendingTracer(self._graph)
         self._run(chain)
-        roots = [*self.outputs.values(), *self.report.values()]
-        needed = self._behind(roots)
+        needed = self._behind(
+            [*self.outputs.values(), *self.report.values(), self.inputs["grad"]]
+        )
         self.nodes = [node for node in self._graph.nodes if node in needed]
         for node in self.nodes:
             if node not in self.values:
                 self.values[node] = self._value_of(node)
         self.sums = [node for node in self.nodes if node.target is tensor_sum]
         elements = [n for n in self.outputs.values() if self.values[n].level != Level.TENSOR]
-        self.last = max(self.values[n].phase for n in [*elements, *map(only, self.sums)])
+        self.last = max([1, *(self.values[n].phase for n in [*elements, *map(only, self.sums)])])
         self._delay_sums()
         self.kept: dict[fx.Node, int] = {}
         self.write_in = {
@@ -117,9 +120,15 @@ class ChainGraph:
 
     def roots(self, phase: int) -> list[fx.Node]:
         """What the pass of a phase is made for: terms of sums, outputs, and nodes to keep."""
-        terms = [only(n) for n in self.sums if self.values[n].phase == phase + 1]
+        looked_at = [] if phase else [self.inputs["grad"]]
+        terms = [only(node) for node in self.sums_of(phase)]
         written = [self.outputs[name] for name in self.written(phase)]
-        return terms + written + [node for node, made in self.kept.items() if made == phase]
+        kept = [node for node, made in self.kept.items() if made == phase]
+        return looked_at + terms + written + kept
+
+    def sums_of(self, phase: int) -> list[fx.Node]:
+        """The sums that the pass of a phase makes."""
+        return [node for node in self.sums if self.values[node].phase == phase + 1]
 
     def written(self, phase: int) -> list[str]:
         """The names of what the pass of a phase writes, of elements and blocks."""
@@ -141,7 +150,7 @@ class ChainGraph:
 
     def _run(self, chain: Sequence[Technique]) -> None:
         per_tensor = {name: self.given(name, Level.TENSOR) for name in PER_TENSOR}
-        p, grad = self.given("p", Level.ELEMENT), self.given("grad", Level.ELEMENT)
+        p, grad = self.given("p", Level.ELEMENT), self.given("grad", Level.ELEMENT, phase=0)
         held = {}
         for slot in self.variant.slots:
             level = Level.TENSOR if slot.kind == "scalar" else Level.ELEMENT
@@ -153,11 +162,11 @@ class ChainGraph:
         self.outputs = {"p": new_p.node} | {name: proxy.node for name, proxy in after.items()}
         self.report = {name: proxy.node for name, proxy in report.items()}
 
-    def given(self, name: str, level: Level, kind: str = "real") -> Any:
+    def given(self, name: str, level: Level, kind: str = "real", phase: int = 1) -> Any:
         """A symbol for an input."""
         node = self._graph.placeholder(name)
         self.inputs[name] = node
-        self.values[node] = Value(level, kind)
+        self.values[node] = Value(level, kind, phase)
         return fx.Proxy(node, self._tracer)
 
     # The layout, as techniques and codes see it.
@@ -185,7 +194,7 @@ class ChainGraph:
             return Value(Level.BLOCK, "real", phase)
         if node.target is draw:
             return Value(Level.ELEMENT, "int", phase)
-        if name in _COMPARISONS:
+        if name in COMPARISONS:
             return Value(level, "truth", phase)
         if name in ("view", "to", "float", "int"):
             to = node.args[1] if len(node.args) > 1 else None
@@ -216,7 +225,7 @@ class ChainGraph:
 
     def _delay_sums(self) -> None:
         """Move each sum to the last pass before it is used: there most of what it is a sum of is
-        computed anyway."""
+        computed anyway. Sums over gradients alone stay in the look at these."""
         needed: dict[fx.Node, int] = {}
         for node in reversed(self.nodes):
             if self.values[node].level != Level.TENSOR:
@@ -232,8 +241,9 @@ class ChainGraph:
         for node in self.nodes:
             value = self.values[node]
             if node.target is tensor_sum:
-                value.phase = needed[node]
-            elif value.level == Level.TENSOR:
+                if self.values[only(node)].phase:
+                    value.phase = needed[node]
+            elif value.level == Level.TENSOR and node.op != "placeholder":
                 value.phase = max((self.values[a].phase for a in node.all_input_nodes), default=0)
 
     def _write_early(self) -> None:
@@ -246,7 +256,7 @@ class ChainGraph:
             names = [name for name in slot.names if name in self.write_in]
             if not names:
                 continue
-            first = max(self.values[self.outputs[name]].phase for name in names)
+            first = max([1, *(self.values[self.outputs[name]].phase for name in names)])
             choices = [
                 (len(kept), phase, kept)
                 for phase in range(first, self.last)
@@ -268,7 +278,8 @@ class ChainGraph:
             needed = set(self.needed(phase))
             if not before.isdisjoint(needed):
                 for node in self._frontier(needed, written):
-                    self.kept.setdefault(node, written)
+                    if not before.isdisjoint(self._behind([node])):
+                        self.kept.setdefault(node, written)
         possible = all(before.isdisjoint(self.needed(phase)) for phase in later)
         kept = self.kept
         self.kept, self.write_in = state
@@ -288,7 +299,7 @@ class ChainGraph:
 
     def _keep_costly(self) -> None:
         """Keep what several passes need and is slower to compute again than to load."""
-        passes = {phase: set(self.needed(phase)) for phase in range(self.last + 1)}
+        passes = {phase: set(self.needed(phase)) for phase in range(1, self.last + 1)}
         cost: dict[fx.Node, int] = {}
         for node in self.nodes:
             if self.values[node].level != Level.ELEMENT:

@@ -81,17 +81,19 @@ static inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 static inline double inverse_root(double x) { return 1.0 / std::sqrt(x); }
 #if defined(__AVX512F__)
 static inline V root(V x) { return (V)_mm512_sqrt_ps((__m512)x); }
-// The 14 bits of the table, doubled by a Newton step; x is a normal number.
+// The 14 bits of the table (coarse), doubled by a Newton step; x is a normal number.
 static inline V inverse_root(V x) {
   V y = (V)_mm512_rsqrt14_ps((__m512)x);
   return y * (1.5f - 0.5f * x * y * y);
 }
+static inline V coarse_inverse_root(V x) { return (V)_mm512_rsqrt14_ps((__m512)x); }
 #else
 static inline V root(V x) {
   for (int l = 0; l < LANES; ++l) x[l] = std::sqrt(x[l]);
   return x;
 }
 static inline V inverse_root(V x) { return 1.0f / root(x); }
+static inline V coarse_inverse_root(V x) { return inverse_root(x); }
 #endif
 
 static inline double power(double x, double y) { return std::pow(x, y); }
@@ -178,6 +180,14 @@ static inline float largest(V x) {
   for (int l = 1; l < LANES; ++l) y = larger(y, x[l]);
   return y;
 #endif
+}
+
+// The exponents of float32: those of NaN and infinity are the largest.
+static inline I exponent_bits(V x) { return as<I>(x) & 0x7f800000; }
+static inline bool are_finite(I exponents) {
+  for (int l = 0; l < LANES; ++l)
+    if (exponents[l] == 0x7f800000) return false;
+  return true;
 }
 
 // The seed of a block's noise: the same hash as in noise.py.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -12,19 +13,25 @@ from torch import Tensor
 from .. import noise
 from ..batch import Batch, Turn
 from ..chain import Variant
+from ..roles import LoRAPair
 from ..techniques.base import Technique
 from . import build
 from .functions import CPU, addresses
+from .pairs import Order, order_of
 from .program import Program, translate
 
 
 class _Call(ctypes.Structure):
-    """`Call` of the program (see program.py)."""
+    """`Call` of call.h."""
 
     _fields_ = (
         ("tensors", ctypes.c_int64),
         ("threads", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
         ("numel", ctypes.c_void_p),
+        ("grads", ctypes.c_void_p),
+        ("looked", ctypes.c_void_p),
         ("given", ctypes.c_void_p),
         ("report", ctypes.c_void_p),
         ("held", ctypes.c_void_p),
@@ -33,19 +40,51 @@ class _Call(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a look at gradients found.
+
+    Attributes:
+        grads: int64 `[active]`, where they lie.
+        sums: float64 `[looks, active]`.
+        finite: whether all are.
+        order: in which the tensors come next, with the pairs whose norms need not be given.
+    """
+
+    grads: Tensor
+    sums: Tensor
+    finite: bool
+    order: Order
+
+
 class NativeChain:
     """A chain's machine code for one batch, with the addresses of what is held."""
 
-    def __init__(self, chain: Sequence[Technique], batch: Batch) -> None:
-        self.program, self._advance = _load(tuple(chain), batch.variant)
+    def __init__(
+        self, chain: Sequence[Technique], batch: Batch, pairs: Sequence[LoRAPair]
+    ) -> None:
+        self.program, self._code = _load(tuple(chain), batch.variant)
         self._batch = batch
+        self._pairs = pairs if any(technique.uses_pair_norm for technique in chain) else ()
         count = len(batch.params)
         self._held = torch.zeros(len(self.program.pointers), count, dtype=torch.int64)
         self._keys = torch.zeros(count, dtype=torch.int32)
         self._unknown = set(range(count))
         self._noise = noise.table(CPU)
 
-    def run(self, turn: Turn) -> dict[str, Tensor]:
+    def look(self, turn: Turn) -> Look:
+        """Look at the turn's gradients; nothing is changed."""
+        count = len(turn.params)
+        grads = addresses(turn.grads)
+        sums = torch.empty(self.program.looks, count, dtype=torch.float64)
+        numel = self._batch.numel[turn.index]
+        call = _call(count, numel=numel, grads=grads, looked=sums)
+        finite = bool(self._code.look_at_all(ctypes.byref(call)))
+        whole = isinstance(turn.index, slice)
+        order = self._whole_order if whole else order_of(turn.params, self._pairs)
+        return Look(grads, sums, finite, order)
+
+    def run(self, turn: Turn, look: Look) -> dict[str, Tensor]:
         """One step of the turn's parameters; returns the report, `[active]` by name."""
         self._note_new_ones()
         count, params = len(turn.params), turn.params
@@ -53,15 +92,22 @@ class NativeChain:
         gaps = not all(map(Tensor.is_contiguous, params))
         packed = [param.contiguous() for param in params] if gaps else params
         held = self._held[:, turn.index].clone()
-        held[0], held[1] = addresses(packed), addresses(turn.grads)
+        held[0] = addresses(packed)
         factors = [turn.factors[technique] for technique in self.program.factors]
-        given = torch.cat([turn.numbers, torch.stack(factors)]) if factors else turn.numbers
         report = torch.empty(len(self.program.reports), count, dtype=torch.float64)
-        numel = self._batch.numel[turn.index]
-        seeds = noise.seeds(self._keys[turn.index], turn.numbers[1])
-        arrays = (numel, given, report, held, seeds, self._noise)
-        call = _Call(count, torch.get_num_threads(), *(array.data_ptr() for array in arrays))
-        self._advance(ctypes.byref(call))
+        arrays = {
+            "order": look.order.tensors,
+            "ranks": look.order.ranks,
+            "numel": self._batch.numel[turn.index],
+            "grads": look.grads,
+            "looked": look.sums,
+            "given": torch.cat([turn.numbers, torch.stack(factors)]) if factors else turn.numbers,
+            "report": report,
+            "held": held,
+            "seeds": noise.seeds(self._keys[turn.index], turn.numbers[1]),
+            "noise": self._noise,
+        }
+        self._code.advance_all(ctypes.byref(_call(count, **arrays)))
         for param, copy in zip(params, packed, strict=True) if gaps else ():
             if copy is not param:
                 param.copy_(copy)
@@ -69,19 +115,30 @@ class NativeChain:
         torch.autograd.graph.increment_version(params)
         return dict(zip(self.program.reports, report.unbind(), strict=True))
 
+    @cached_property
+    def _whole_order(self) -> Order:
+        return order_of(self._batch.params, self._pairs)
+
     def _note_new_ones(self) -> None:
         """Where the state of parameters lies that had none before."""
         for k in [k for k in self._unknown if self._batch.entries[k]]:
             entry = self._batch.entries[k]
-            for row, name in enumerate(self.program.pointers[2:], 2):
+            for row, name in enumerate(self.program.pointers[1:], 1):
                 self._held[row, k] = entry[name].data_ptr()
             self._keys[k] = entry["noise_key"]
             self._unknown.remove(k)
 
 
+def _call(count: int, **arrays: Tensor) -> _Call:
+    where = {name: array.data_ptr() for name, array in arrays.items()}
+    return _Call(tensors=count, threads=torch.get_num_threads(), **where)
+
+
 @lru_cache(maxsize=64)
-def _load(chain: tuple[Technique, ...], variant: Variant) -> tuple[Program, ctypes._FuncPointer]:
+def _load(chain: tuple[Technique, ...], variant: Variant) -> tuple[Program, ctypes.CDLL]:
     program = translate(chain, variant)
-    function = build.load(program.source).advance
-    function.argtypes, function.restype = [ctypes.POINTER(_Call)], None
-    return program, function
+    code = build.load(program.source)
+    for function in (code.look_at_all, code.advance_all):
+        function.argtypes = [ctypes.POINTER(_Call)]
+    code.look_at_all.restype, code.advance_all.restype = ctypes.c_int, None
+    return program, code

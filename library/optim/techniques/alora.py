@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..products import lokr_norms, lora_row_norms
+from ..products import lokr_norms
 from ..roles import Roles
 from .base import Technique, Work
 
@@ -30,15 +30,13 @@ class PairScale(Technique):
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
 
-    def prepare(self, roles: Roles, compiled: bool) -> Tensor | None:
+    uses_pair_norm = True
+
+    def prepare(self, roles: Roles) -> Tensor | None:
         if not roles.lora_pairs and not roles.lokr_pairs:
             return None
         factors = torch.ones(len(roles.role), dtype=torch.float64)
-        if roles.lora_pairs:
-            scale = 1 / (1 + lora_row_norms(roles.lora_pairs, compiled))
-            factors = factors.to(scale.device)
-            factors[roles.lora_positions[:, 0]] = scale
-            factors[roles.lora_positions[:, 1]] = scale * self.ratio
+        factors[roles.lora_positions[:, 1]] = self.ratio
         if roles.lokr_pairs:
             scale = 1 / (1 + _LOKR_NORM * lokr_norms(roles.lokr_pairs).double())
             factors = factors.to(scale.device)
@@ -47,4 +45,4 @@ class PairScale(Technique):
         return factors
 
     def apply(self, work: Work) -> None:
-        work.pace = work.pace * work.factors[self]
+        work.pace = work.pace * work.factors[self] / (1 + work.pair_norm)

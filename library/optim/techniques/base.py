@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Work:
     Attributes:
         numel, step, lr, beta1, beta2, eps, weight_decay: per tensor; the step counts from 1, the
             others are the group's as the scheduler has set them.
+        pair_norm: per tensor, for the halves of a LoRA pair the mean row norm of B·A before the
+            step, 0 for others; computed if a technique `uses_pair_norm`.
         factors: of each technique that has one, its factor per tensor (`Technique.prepare`,
             `Technique.schedule`).
         grad: the gradient as autograd left it.
@@ -64,6 +66,7 @@ class Work:
     beta2: Tensor
     eps: Tensor
     weight_decay: Tensor
+    pair_norm: Tensor
     factors: Mapping[Technique, Tensor]
     grad: Tensor
     p: Tensor
@@ -98,18 +101,16 @@ class Technique:
     step, in `prepare` or `schedule`, as one factor for each tensor.
     """
 
+    uses_pair_norm: ClassVar[bool] = False
+
     def state(self, role: str) -> dict[str, Kind]:
         """What is kept of a parameter with this role, by name. Everything starts at zero, but for
         the kind `initial`, which is the parameter's value at its first step."""
         return {}
 
-    def prepare(self, roles: Roles, compiled: bool) -> Tensor | None:
+    def prepare(self, roles: Roles) -> Tensor | None:
         """A factor for this step from whole matrices: float64 `[parameters]` in the order of the
-        optimizer's parameters (`roles.position`), or None for one that is 1 for all.
-
-        Args:
-            compiled: whether machine code may be used for what lies on the processor.
-        """
+        optimizer's parameters (`roles.position`), or None for one that is 1 for all."""
         return None
 
     def schedule(self, family: str, step: int) -> float:

@@ -1,5 +1,6 @@
-// Mean row norms of B·A for many LoRA pairs at once. B·A is never formed: the norm of its row i is
-// the root of bᵢ(AAᵀ)bᵢᵀ, and AAᵀ is as small as the rank.
+// The mean row norm of B·A for a LoRA pair. B·A is never formed: the norm of its row i is the root
+// of bᵢ(AAᵀ)bᵢᵀ, and AAᵀ is as small as the rank.
+#pragma once
 #include <algorithm>
 #include <vector>
 
@@ -112,22 +113,11 @@ static double mean_norm(const Number* b, int64_t height, int64_t rank, const flo
   return norms.total() / height;
 }
 
-struct Pair {
-  const void *a, *b;
-  int64_t rank, width, height;
-};
-
 template <class Number>
-static double row_norm(const Pair& pair) {
-  const int64_t stride = (pair.rank + LANES - 1) / LANES * LANES;
+static double row_norm(const Number* a, const Number* b, int64_t rank, int64_t width,
+                       int64_t height) {
+  const int64_t stride = (rank + LANES - 1) / LANES * LANES;
   std::vector<float> g(stride * stride);
-  gram((const Number*)pair.a, pair.rank, pair.width, g.data(), stride);
-  return mean_norm((const Number*)pair.b, pair.height, pair.rank, g.data(), stride);
-}
-
-// `half` tells bfloat16 from float32.
-extern "C" void row_norms(const Pair* pairs, int64_t count, int half, int threads, double* norms) {
-#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i)
-    norms[i] = half ? row_norm<bfloat>(pairs[i]) : row_norm<float>(pairs[i]);
+  gram(a, rank, width, g.data(), stride);
+  return mean_norm(b, height, rank, g.data(), stride);
 }

@@ -1,0 +1,339 @@
+"""One pass over the blocks of a tensor in C++, written element by element.
+
+What several passes need is computed again in each of them, because memory is slower than
+arithmetic, but for what takes more than a few operations (`ChainGraph.kept`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..chain import Variant
+from .expressions import Expressions
+from .graph import ChainGraph, Level, block_max, draw, only
+
+_TYPES = {
+    torch.float32: "float",
+    torch.bfloat16: "bfloat",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+}
+
+
+class Memory:
+    """Where a program finds parameters, gradients and state.
+
+    Attributes:
+        pointers: what it needs of each parameter beside the gradient, by name.
+    """
+
+    def __init__(self, variant: Variant) -> None:
+        self._dtypes = {"p": variant.dtype}
+        for slot in variant.slots:
+            self._dtypes[slot.name] = slot.stored(variant)
+            if slot.coded:
+                self._dtypes[slot.scale] = torch.float32
+        self.pointers = tuple(self._dtypes)
+        self._dtypes["grad"] = variant.dtype
+
+    def type(self, name: str) -> str:
+        """Of what type the numbers are."""
+        return _TYPES[self._dtypes[name]]
+
+    def address(self, name: str) -> str:
+        """Where those of tensor i begin."""
+        if name == "grad":
+            return f"((const {self.type(name)}*)call.grads[i])"
+        row = self.pointers.index(name)
+        return f"(({self.type(name)}*)call.held[{row} * call.tensors + i])"
+
+
+class Pass:
+    """One pass: for each block, its loops over elements and what lies between them."""
+
+    head = (
+        "static void pass{phase}(const Call& call, int64_t i, int64_t first, int64_t last, "
+        "const double* t, double* sums, float* kept, int64_t stride)"
+    )
+
+    def __init__(
+        self, graph: ChainGraph, expressions: Expressions, memory: Memory, phase: int
+    ) -> None:
+        self.graph, self.expressions, self.memory, self.phase = graph, expressions, memory, phase
+        self.values, self.number = graph.values, expressions.number
+        self.nodes = graph.needed(phase)
+        self.sums = graph.sums_of(phase)
+        self.loaded = [n for n, made in self.graph.kept.items() if made < phase and n in self.nodes]
+        self.loop = self.loops()
+        self.last_loop = max(self.loop.values(), default=0)
+
+    def loops(self) -> dict[fx.Node, int]:
+        """In which loop over the block's elements a node is computed, or before which a block's."""
+        loop: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            if node in self.loaded or node.op == "placeholder":
+                loop[node] = 0
+                continue
+            before = [loop[arg] for arg in node.all_input_nodes if arg in loop]
+            loop[node] = max(before, default=0) + (node.target is block_max)
+        return loop
+
+    def text(self) -> str:
+        """The pass as a function of a tensor's blocks from `first` to `last`."""
+        lines = [self.head.format(phase=self.phase), "{", *self.start()]
+        lines += [f"  Sum sum{self.number[node]};" for node in self.sums]
+        for node in self.numbers():
+            lines.append(f"  const float s{self.number[node]} = (float)t[{self.number[node]}];")
+        lines.append("  for (int64_t b = first; b < last; ++b) {")
+        lines += ["    " + line for line in self.block()]
+        lines.append("  }")
+        for k, node in enumerate(self.sums):
+            lines.append(f"  sums[{k}] = sum{self.number[node]}.total();")
+        return "\n".join([*lines, *self.end(), "}\n"])
+
+    def start(self) -> list[str]:
+        """What the function does before its blocks."""
+        return []
+
+    def end(self) -> list[str]:
+        """What it does behind them."""
+        return []
+
+    def numbers(self) -> list[fx.Node]:
+        """What is known of the tensor and used for its blocks and elements."""
+        used = {
+            arg for node in self.nodes if not self.is_loaded(node) for arg in node.all_input_nodes
+        }
+        return [
+            node
+            for node in self.graph.nodes
+            if node in used and self.values[node].level == Level.TENSOR
+        ]
+
+    def block(self) -> list[str]:
+        lines = ["const int64_t at = b * BLOCK;"]
+        lines.append("const int n = (int)std::min<int64_t>(BLOCK, call.numel[i] - at);")
+        lines += self.open_inputs()
+        handed = self.handed_on()
+        lines += [f"{self.lanes(node)} a{self.number[node]}[BLOCK / LANES];" for node in handed]
+        maxima = [node for node in self.nodes if node.target is block_max]
+        lines += [f"V x{self.number[node]}{{}};" for node in maxima]
+        lines += [f"V l{self.number[node]}{{}};" for node in self.sums]
+        for loop in range(self.last_loop + 1):
+            lines += self.block_values(loop)
+            lines.append("for (int j = 0; j < BLOCK; j += LANES) {")
+            lines += ["  " + line for line in self.one_loop(loop, handed)]
+            lines.append("}")
+        lines += [f"sum{self.number[node]}.add(l{self.number[node]});" for node in self.sums]
+        return lines + self.close_outputs()
+
+    def lanes(self, node: fx.Node) -> str:
+        return "V" if self.values[node].kind == "real" else "I"
+
+    def handed_on(self) -> list[fx.Node]:
+        """Nodes that a later loop needs, in an array of the block's size; those that are one
+        operation away from memory, or from what two of them come from, are computed again."""
+        needed = [
+            node
+            for node in self.nodes
+            if self.values[node].level == Level.ELEMENT
+            and not self.is_loaded(node)
+            and not self.is_near(node)
+            and any(self.loop.get(user, 0) > self.loop[node] for user in self.users(node))
+        ]
+        origin = {node: self.origin(node) for node in needed}
+        shared = {node for node in origin.values() if node and list(origin.values()).count(node) > 1}
+        return [
+            node
+            for node in self.nodes
+            if node in shared or (node in needed and origin[node] not in shared)
+        ]
+
+    def origin(self, node: fx.Node) -> fx.Node | None:
+        """The one value of elements that a node is computed from, in the same loop."""
+        of = [arg for arg in node.all_input_nodes if self.values[arg].level == Level.ELEMENT]
+        same = len(of) == 1 and self.loop[of[0]] == self.loop[node] and not self.is_loaded(of[0])
+        return of[0] if same else None
+
+    def users(self, node: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if user in self.loop and user.target is not block_max]
+
+    def is_loaded(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" or node.target is draw or node in self.loaded
+
+    def is_near(self, node: fx.Node) -> bool:
+        """Whether nothing but what is loaded, or known of the tensor, goes into a node."""
+        return all(
+            self.is_loaded(arg) or self.values[arg].level == Level.TENSOR
+            for arg in node.all_input_nodes
+        )
+
+    def tensors_read(self) -> list[str]:
+        return [
+            name
+            for name, node in self.graph.inputs.items()
+            if node in self.nodes and self.values[node].level == Level.ELEMENT
+        ]
+
+    def tensors_written(self) -> list[str]:
+        return [
+            name
+            for name in self.graph.written(self.phase)
+            if self.values[self.graph.outputs[name]].level == Level.ELEMENT
+        ]
+
+    def open_inputs(self) -> list[str]:
+        """Where the block lies; a tensor's last block is brought to full length first."""
+        lines = []
+        written = self.tensors_written()
+        for name in dict.fromkeys([*self.tensors_read(), *written]):
+            kind = self.memory.type(name)
+            lines += [
+                f"auto {name}_at = {self.memory.address(name)} + at;",
+                f"{kind} {name}_end[BLOCK];",
+                "if (n < BLOCK) {",
+                f"  std::memset({name}_end, 0, sizeof {name}_end);",
+                f"  std::memcpy({name}_end, {name}_at, n * sizeof({kind}));",
+                f"  {name}_at = {name}_end;",
+                "}",
+            ]
+        for node in self.nodes:
+            if self.values[node].level == Level.BLOCK and node.op == "placeholder":
+                lines.append(
+                    f"const float b{self.number[node]} = {self.memory.address(node.name)}[b];"
+                )
+            if node.target is draw:
+                index = self.number[node]
+                where = f"noise_of(call, i, b, {node.args[0]})"
+                lines.append(f"const int32_t* d{index} = {where};")
+        return lines
+
+    def close_outputs(self) -> list[str]:
+        lines = []
+        for name in self.tensors_written():
+            size = f"n * sizeof({self.memory.type(name)})"
+            to = f"{self.memory.address(name)} + at"
+            lines.append(f"if (n < BLOCK) std::memcpy({to}, {name}_end, {size});")
+        for name in self.graph.written(self.phase):
+            node = self.graph.outputs[name]
+            if self.values[node].level == Level.BLOCK:
+                lines.append(f"{self.memory.address(name)}[b] = b{self.number[node]};")
+        return lines
+
+    def block_values(self, loop: int) -> list[str]:
+        """What is known of the block before this loop and was not before the one in front."""
+        lines = []
+        for node in self.nodes:
+            if self.values[node].level != Level.BLOCK or self.loop[node] != loop:
+                continue
+            if node.op == "placeholder":
+                continue
+            index = self.number[node]
+            if node.target is block_max:
+                lines.append(f"const float b{index} = largest(x{index});")
+            else:
+                text = self.expressions.of(node, Level.BLOCK)
+                lines.append(f"const float b{index} = {text};")
+        return lines
+
+    def one_loop(self, loop: int, handed: list[fx.Node]) -> list[str]:
+        lines = []
+        for node in self.used_in(loop, handed):
+            index = self.number[node]
+            if self.is_loaded(node) or (node in handed and self.loop[node] < loop):
+                text = self.load(node, handed)
+            else:
+                text = self.expressions.of(node, Level.ELEMENT)
+            lines.append(f"const {self.lanes(node)} v{index} = {text};")
+        for node in handed:
+            if self.loop[node] == loop:
+                lines.append(f"a{self.number[node]}[j / LANES] = v{self.number[node]};")
+        for node, made in self.graph.kept.items():
+            if made == self.phase and node in self.loop and self.loop[node] == loop:
+                lines.append(f"store({self.kept_at(node)}, v{self.number[node]});")
+        for node in self.maxima_in(loop):
+            of = self.number[only(node)]
+            lines.append(f"x{self.number[node]} = larger(x{self.number[node]}, v{of});")
+        for node in self.sums_in(loop):
+            term = self.expressions.argument(node.args[0], Level.ELEMENT, "real")
+            lines.append(f"l{self.number[node]} += {term};")
+        for name in self.written_in(loop):
+            lines.append(f"store({name}_at + j, v{self.number[self.graph.outputs[name]]});")
+        return lines
+
+    def maxima_in(self, loop: int) -> list[fx.Node]:
+        return [n for n in self.nodes if n.target is block_max and self.loop[n] == loop + 1]
+
+    def sums_in(self, loop: int) -> list[fx.Node]:
+        return [n for n in self.sums if self.loop[only(n)] == loop]
+
+    def written_in(self, loop: int) -> list[str]:
+        return [name for name in self.tensors_written() if self.store_loop(name) == loop]
+
+    def used_in(self, loop: int, handed: list[fx.Node]) -> list[fx.Node]:
+        """What a loop loads or computes, in order."""
+        used: set[fx.Node] = set()
+        todo = [n for n in handed if self.loop[n] == loop]
+        todo += [
+            n
+            for n, made in self.graph.kept.items()
+            if made == self.phase and self.loop.get(n) == loop
+        ]
+        todo += [only(n) for n in (*self.maxima_in(loop), *self.sums_in(loop))]
+        todo += [self.graph.outputs[name] for name in self.written_in(loop)]
+        while todo:
+            node = todo.pop()
+            if node in used or self.values[node].level != Level.ELEMENT:
+                continue
+            used.add(node)
+            if not self.is_loaded(node) and not (node in handed and self.loop[node] < loop):
+                todo.extend(node.all_input_nodes)
+        return [node for node in self.nodes if node in used]
+
+    def load(self, node: fx.Node, handed: list[fx.Node]) -> str:
+        if node.op == "placeholder":
+            return f"load({node.name}_at + j)"
+        if node.target is draw:
+            return f"load(d{self.number[node]} + j)"
+        return (
+            f"a{self.number[node]}[j / LANES]" if node in handed else f"load({self.kept_at(node)})"
+        )
+
+    def store_loop(self, name: str) -> int:
+        """In which loop an output is written: not before the last that reads what lies there."""
+        node = self.graph.outputs[name]
+        readers = [user for user in self.graph.inputs[name].users if user in self.loop]
+        again = [user for near in readers if self.is_near(near) for user in near.users]
+        loops = [self.loop[user] for user in (*readers, *again) if user in self.loop]
+        return max([self.loop[node], *loops])
+
+    def kept_at(self, node: fx.Node) -> str:
+        return f"kept + {list(self.graph.kept).index(node)} * stride + at + j"
+
+
+class Look(Pass):
+    """Phase 0, the look at gradients: sums over these alone, and whether all are finite."""
+
+    head = (
+        "static bool look(const Call& call, int64_t i, int64_t first, int64_t last, double* sums)"
+    )
+
+    def __init__(self, graph: ChainGraph, expressions: Expressions, memory: Memory) -> None:
+        super().__init__(graph, expressions, memory, 0)
+        self.grad = graph.inputs["grad"]
+
+    def used_in(self, loop: int, handed: list[fx.Node]) -> list[fx.Node]:
+        used = super().used_in(loop, handed)
+        return used if self.grad in used else [self.grad, *used]
+
+    def one_loop(self, loop: int, handed: list[fx.Node]) -> list[str]:
+        index = self.number[self.grad]
+        largest = f"largest = larger(largest, exponent_bits(v{index}));"
+        return [*super().one_loop(loop, handed), largest]
+
+    def start(self) -> list[str]:
+        return ["  I largest{};"]
+
+    def end(self) -> list[str]:
+        return ["  return are_finite(largest);"]
