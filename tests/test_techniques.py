@@ -10,8 +10,8 @@ from torch import Tensor
 
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
 from library.optim.layout import layout_of
-from library.optim.roles import Roles
 from library.optim.products import lokr_norms, lora_row_norms
+from library.optim.roles import Roles
 from library.optim.techniques.spd import anchor_for
 from library.optim.techniques.weight_decay import DynamicWeightDecay
 

@@ -15,7 +15,7 @@ from runs import ROOT
 from torch import Tensor, nn
 
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
-from library.optim.native.program import UntranslatableError
+from library.optim.native.expressions import UntranslatableError
 from library.optim.techniques import Descent, Technique, Work
 
 CHANNELS_LAST = torch.channels_last
@@ -66,6 +66,30 @@ def test_state_in_another_place_is_found(change):
     # Codes may differ by one where sums are rounded differently: a thousandth of the way.
     assert (compiled - eager).abs().max() < 1e-4
     assert (eager - start).abs().max() > 0.002
+
+
+def test_of_many_tensors_one_that_is_given_other_data_is_found_too():
+    """Not in the same step, but what it had before is not freed while it may be written to."""
+    params = parameters(*drawn(*[(8, 8)] * 300))
+    named = [(f"{k}.weight", p) for k, p in enumerate(params)]
+    optimizer = hina(named, "compiled", min_8bit_size=0)
+
+    def step() -> None:
+        for p, grad in zip(params, drawn(*[(8, 8)] * 300, seed=1), strict=True):
+            p.grad = grad
+        optimizer.step()
+
+    step()
+    held = optimizer.state[params[150]]["exp_avg"]
+    old = held.data
+    held.data = torch.zeros_like(old)
+    for _ in range(1 + len(params) // 64):
+        step()
+    assert held.any()
+    assert held.data_ptr() != old.data_ptr()
+    before = old.clone()
+    step()
+    assert torch.equal(old, before)
 
 
 @pytest.mark.parametrize(

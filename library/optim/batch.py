@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Batch:
         params, roles, groups, positions: of each parameter, the tensor, its role, the index of its
             group and its place among all of the optimizer's.
         entries: the optimizer's state of each, empty before its first gradient.
+        addresses: where each parameter lies.
     """
 
     def __init__(self, variant: Variant) -> None:
@@ -32,10 +33,13 @@ class Batch:
         self.groups: list[int] = []
         self.positions: list[int] = []
         self.entries: list[dict[str, Any]] = []
-        self._addresses: list[int] = []
-        self._names = [name for slot in variant.slots for name in slot.names]
-        self._sizes: list[int] = []
-        self._held: list[tuple[int, ...]] = []
+        self.addresses: list[int] = []
+        self.sizes: list[int] = []
+        names = [name for slot in variant.slots for name in slot.names]
+        self._held: dict[str, list[Tensor | None]] = {name: [] for name in names}
+        # What state lies in stays alive while its address is known.
+        self._lies: list[dict[str, tuple[int, torch.UntypedStorage]]] = []
+        self._steps = 0
 
     def add(
         self, param: Tensor, role: str, group: int, position: int, entry: dict[str, Any]
@@ -46,45 +50,56 @@ class Batch:
         self.groups.append(group)
         self.positions.append(position)
         self.entries.append({})
-        self._addresses.append(param.data_ptr())
-        self._sizes.append(param.numel())
-        self._held.append(())
+        self.addresses.append(param.data_ptr())
+        self.sizes.append(param.numel())
+        self._lies.append({})
+        for held in self._held.values():
+            held.append(None)
         if entry:
             self.begin(len(self.params) - 1, entry)
 
     def begin(self, index: int, entry: dict[str, Any]) -> None:
         """Note the state of a parameter, and where it lies."""
         self.entries[index] = entry
-        self._held[index] = tuple(entry[name].data_ptr() for name in self._names)
+        for name, held in self._held.items():
+            held[index] = entry[name]
+        self._lies[index] = {
+            name: (entry[name].data_ptr(), entry[name].untyped_storage()) for name in self._held
+        }
 
     def is_as_before(self) -> bool:
         """Whether parameters and their state still lie where they did.
 
-        A parameter moves with `.to()`, its state where a program takes it to another device or puts
-        another in its place, as a tensor or as the `data` of one.
+        A parameter moves with `.to()`, its state where a program puts another tensor in its place
+        or gives one other `data`. The latter would be slow to look for everywhere (two thousand
+        adapters have ten thousand tensors): each step asks some dozens, spread over all, so that
+        moving the state of all is noticed at once, and that of a single tensor after some steps.
         """
-        if not (
-            list(map(Tensor.data_ptr, self.params)) == self._addresses
-            and list(map(Tensor.numel, self.params)) == self._sizes
+        self._steps += 1
+        return (
+            # An address on another device is another address.
+            list(map(Tensor.data_ptr, self.params)) == self.addresses
+            and list(map(Tensor.numel, self.params)) == self.sizes
             and set(map(attrgetter("dtype"), self.params)) == {self.variant.dtype}
-            and set(map(attrgetter("device"), self.params)) == {self.variant.device}
-        ):
-            return False
-        begun = [k for k, where in enumerate(self._held) if where]
-        entries = self.entries
-        if len(begun) < len(entries):
-            entries = [entries[k] for k in begun]
-        names = set(self._names)
-        return all(map(names.issubset, entries)) and all(
-            list(map(Tensor.data_ptr, map(itemgetter(name), entries)))
-            == [self._held[k][column] for k in begun]
-            for column, name in enumerate(self._names)
+            and all(
+                all(map(is_, [entry.get(name) for entry in self.entries], held))
+                for name, held in self._held.items()
+            )
+            and self._some_data_is_as_before()
+        )
+
+    def _some_data_is_as_before(self) -> bool:
+        stride = 1 + len(self.params) // 64
+        return all(
+            self.entries[k][name].data_ptr() == address
+            for k in range(self._steps % stride, len(self.params), stride)
+            for name, (address, _) in self._lies[k].items()
         )
 
     @cached_property
     def numel(self) -> Tensor:
         """`[parameters]` int64."""
-        return torch.tensor([param.numel() for param in self.params])
+        return torch.tensor(self.sizes)
 
     @cached_property
     def group_index(self) -> Tensor:
@@ -173,24 +188,29 @@ def make_turn(batch: Batch) -> Turn | None:
     grads = [param.grad for param in batch.params]
     if all(grad is not None for grad in grads):
         lists = (batch.params, batch.entries, batch.roles)
-        return Turn(batch, slice(None), *lists, _pack(batch.params, grads, batch.variant))
+        packed = _pack(batch.params, batch.sizes, grads, batch.variant)
+        return Turn(batch, slice(None), *lists, packed)
     active = [k for k, grad in enumerate(grads) if grad is not None]
     if not active:
         return None
     params = [batch.params[k] for k in active]
     entries = [batch.entries[k] for k in active]
     roles = [batch.roles[k] for k in active]
-    packed = _pack(params, [grads[k] for k in active], batch.variant)
+    sizes = [batch.sizes[k] for k in active]
+    packed = _pack(params, sizes, [grads[k] for k in active], batch.variant)
     return Turn(batch, torch.tensor(active), params, entries, roles, packed)
 
 
 def _pack(
-    params: Sequence[Tensor], grads: Sequence[Tensor | None], variant: Variant
+    params: Sequence[Tensor],
+    sizes: Sequence[int],
+    grads: Sequence[Tensor | None],
+    variant: Variant,
 ) -> list[Tensor]:
     """Contiguous gradients of the parameters' type; most are already."""
     given = [grad for grad in grads if grad is not None]
-    same_sizes = list(map(Tensor.numel, given)) == list(map(Tensor.numel, params))
-    if not same_sizes or set(map(attrgetter("device"), given)) != {variant.device}:
+    same_sizes = list(map(Tensor.numel, given)) == sizes
+    if not same_sizes or set(map(Tensor.get_device, given)) != {params[0].get_device()}:
         param, grad = next(
             (p, g)
             for p, g in zip(params, given, strict=True)

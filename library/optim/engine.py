@@ -375,13 +375,13 @@ class ChainOptimizer(torch.optim.Optimizer):
     ) -> StepRecord:
         """One step of the parameters of a turn."""
         batch = turn.batch
-        for k, (param, entry) in enumerate(zip(turn.params, turn.entries, strict=True)):
-            if not entry:
-                checkpoint.complete(self, param)
-                turn.entries[k] = self.state[param]
-                whole = k if isinstance(turn.index, slice) else int(turn.index[k])
-                batch.begin(whole, self.state[param])
-                self._seen.append(id(self.state[param]))
+        for k in [k for k, entry in enumerate(turn.entries) if not entry]:
+            param = turn.params[k]
+            checkpoint.complete(self, param)
+            turn.entries[k] = self.state[param]
+            whole = k if isinstance(turn.index, slice) else int(turn.index[k])
+            batch.begin(whole, self.state[param])
+            self._seen.append(id(self.state[param]))
         turn.tell(self.param_groups, self.chain, prepared, norms)
         if look:
             report = self._native[batch].run(turn, look)

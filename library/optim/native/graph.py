@@ -23,7 +23,6 @@ from ..chain import PER_TENSOR, Variant, advance
 from ..techniques.base import Technique
 
 
-
 class Level(IntEnum):
     """What a value is one of: the program, a tensor, a block or an element."""
 
@@ -43,7 +42,7 @@ def draw(number: Any) -> Any: ...
 _ALIASES = {"div": "truediv", "divide": "truediv", "max": "maximum", "min": "minimum"}
 COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
 _COSTLY = {"truediv", "sqrt", "rsqrt", "reciprocal", "exp", "pow"}
-_WORTH_KEEPING = 7  # operations
+_WORTH_KEEPING = 9  # operations
 
 
 def name_of(node: fx.Node) -> str:
@@ -98,9 +97,7 @@ class ChainGraph:
         self._graph = fx.Graph()
         self._tracer = fx.proxy.GraphAppendingTracer(self._graph)
         self._run(chain)
-        needed = self._behind(
-            [*self.outputs.values(), *self.report.values(), self.inputs["grad"]]
-        )
+        needed = self._behind([*self.outputs.values(), *self.report.values(), self.inputs["grad"]])
         self.nodes = [node for node in self._graph.nodes if node in needed]
         for node in self.nodes:
             if node not in self.values:

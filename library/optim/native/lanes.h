@@ -24,7 +24,7 @@ static inline To as(From x) {
   return y;
 }
 
-static inline V splat(float x) { return V{} + x; }
+static inline V splat(float x) { return V{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 static inline I splat_int(int32_t x) { return I{} + x; }
 static inline V to_float(I x) { return __builtin_convertvector(x, V); }
 static inline float to_float(int32_t x) { return static_cast<float>(x); }
@@ -155,19 +155,23 @@ static inline V load(const bfloat* at) { return as<V>(load(&at->bits) << 16); }
 // What is stored as bfloat16 was rounded to it: the lower half of the bits is nothing.
 static inline void store(bfloat* at, V x) { store_halves(at, as<I>(x) >> 16); }
 
+#if defined(__AVX512F__)
+static inline D widen(Half x) { return (D)_mm512_cvtps_pd((__m256)x); }
+#else
+static inline D widen(Half x) { return __builtin_convertvector(x, D); }
+#endif
+
 // A sum: float32 within a block, float64 over blocks.
 struct Sum {
-  D low{}, high{};
+  D sums{};
   void add(V x) {
     Half halves[2];
     std::memcpy(halves, &x, sizeof x);
-    low += __builtin_convertvector(halves[0], D);
-    high += __builtin_convertvector(halves[1], D);
+    sums += widen(halves[0] + halves[1]);
   }
   double total() const {
-    D both = low + high;
     double x = 0;
-    for (int l = 0; l < LANES / 2; ++l) x += both[l];
+    for (int l = 0; l < LANES / 2; ++l) x += sums[l];
     return x;
   }
 };

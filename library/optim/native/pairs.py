@@ -32,9 +32,7 @@ def order_of(params: Sequence[Tensor], pairs: Sequence[LoRAPair]) -> Order:
     still lie in the processor's shared cache."""
     place = {param: k for k, param in enumerate(params)}
     # A Tucker core between the halves has no machine code.
-    both = [
-        k for k, p in enumerate(pairs) if p.mid is None and p.a in place and p.b in place
-    ]
+    both = [k for k, p in enumerate(pairs) if p.mid is None and p.a in place and p.b in place]
     partner: dict[int, tuple[int, int]] = {}
     for pair in map(pairs.__getitem__, both):
         a, b, rank = place[pair.a], place[pair.b], pair.a.shape[0]

@@ -143,7 +143,9 @@ class Pass:
             and any(self.loop.get(user, 0) > self.loop[node] for user in self.users(node))
         ]
         origin = {node: self.origin(node) for node in needed}
-        shared = {node for node in origin.values() if node and list(origin.values()).count(node) > 1}
+        shared = {
+            node for node in origin.values() if node and list(origin.values()).count(node) > 1
+        }
         return [
             node
             for node in self.nodes

@@ -60,14 +60,13 @@ class Look:
 class NativeChain:
     """A chain's machine code for one batch, with the addresses of what is held."""
 
-    def __init__(
-        self, chain: Sequence[Technique], batch: Batch, pairs: Sequence[LoRAPair]
-    ) -> None:
+    def __init__(self, chain: Sequence[Technique], batch: Batch, pairs: Sequence[LoRAPair]) -> None:
         self.program, self._code = _load(tuple(chain), batch.variant)
         self._batch = batch
         self._pairs = pairs if any(technique.uses_pair_norm for technique in chain) else ()
         count = len(batch.params)
         self._held = torch.zeros(len(self.program.pointers), count, dtype=torch.int64)
+        self._held[0] = torch.tensor(batch.addresses)
         self._keys = torch.zeros(count, dtype=torch.int32)
         self._unknown = set(range(count))
         self._noise = noise.table(CPU)
@@ -92,7 +91,8 @@ class NativeChain:
         gaps = not all(map(Tensor.is_contiguous, params))
         packed = [param.contiguous() for param in params] if gaps else params
         held = self._held[:, turn.index].clone()
-        held[0] = addresses(packed)
+        if gaps:
+            held[0] = addresses(packed)
         factors = [turn.factors[technique] for technique in self.program.factors]
         report = torch.empty(len(self.program.reports), count, dtype=torch.float64)
         arrays = {
