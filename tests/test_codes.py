@@ -15,15 +15,8 @@ CPU = torch.device("cpu")
 STEPS, OCTAVES = {"signed": 8, "positive": 8}, {"signed": 16, "positive": 32}
 
 
-class Rows:
-    """Blocks that are the rows of a matrix."""
-
-    def largest(self, matrix: Tensor) -> Tensor:
-        return matrix.amax(1, keepdim=True)
-
-
 def there_and_back(x: Tensor, kind: str, some: Tensor | int = NEAREST) -> Tensor:
-    codes, scale = encode(x, kind, some, Rows())
+    codes, scale = encode(x, kind, some)
     stored = codes.to(CODES[kind])
     assert torch.equal(stored.to(torch.int32), codes)  # nothing overflows
     return decode(stored.to(torch.int32), scale, kind)

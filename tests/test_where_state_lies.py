@@ -15,7 +15,7 @@ from runs import ROOT
 from torch import Tensor, nn
 
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
-from library.optim.native.expressions import UntranslatableError
+from library.optim.native.graph import UntranslatableError
 from library.optim.techniques import Descent, Technique, Work
 
 CHANNELS_LAST = torch.channels_last

@@ -126,7 +126,7 @@ def advance(
     for slot in variant.slots:
         value = work.state[slot.name]
         if slot.coded:
-            codes, scale = encode(value, slot.kind, blocks.noise(draws), blocks)
+            codes, scale = encode(value, slot.kind, blocks.noise(draws), blocks.largest)
             after |= {slot.name: codes, slot.scale: scale}
             draws += 1
         elif slot.kind != "initial":

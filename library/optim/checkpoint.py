@@ -16,18 +16,13 @@ from .layout import BLOCK, layout_of
 from .state import CODES, NEAREST, QUANTIZABLE, Kind, decode, encode
 
 if TYPE_CHECKING:
-    from .chain import Slot
+    from .chain import Slot, Variant
     from .engine import ChainOptimizer
 
 logger = logging.getLogger(__name__)
 
 # Of a saved group, what belongs to its parameters rather than to the options.
 _NOT_OPTIONS = ("params", "param_names", "named")
-
-
-def maths_dtype(param: Tensor) -> torch.dtype:
-    """The precision of the maths, and of state that is not in 8 bits, for a parameter."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
@@ -45,39 +40,31 @@ def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
         state["noise_key"] = (
             zlib.crc32(name.encode()) >> 1 if name else optimizer.roles.position[param]
         )
-    for name, kind in optimizer.kept(param).items():
-        if name in state:
-            continue
-        if kind == "initial":
-            state[name] = param.detach().clone(memory_format=torch.contiguous_format)
-        elif kind == "scalar":
-            state[name] = torch.zeros((), dtype=torch.float32, device=param.device)
-        elif optimizer.uses_8bit(param):
-            state[name] = torch.zeros(param.shape, dtype=CODES[kind], device=param.device)
-            state[f"{name}_scale"] = torch.zeros(-(-param.numel() // BLOCK), device=param.device)
-        else:
-            state[name] = torch.zeros(param.shape, dtype=maths_dtype(param), device=param.device)
+    variant = optimizer.variant(param)
+    for slot in variant.slots:
+        for name, (shape, dtype) in _forms(slot, variant, param).items():
+            if name not in state:
+                state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
+                if slot.kind == "initial":
+                    state[name].copy_(param.detach())
+            if state[name].shape != shape:
+                raise ValueError(
+                    f"The state '{name}' of {optimizer.roles.call(param)} has shape "
+                    f"{tuple(state[name].shape)} where {tuple(shape)} belongs."
+                )
+            # The parameter may have moved, and a loaded state may come from anywhere.
+            state[name] = state[name].to(param.device, dtype).contiguous()
 
-    for slot in optimizer.variant(param).slots:
-        _bring_along(optimizer, param, slot)
 
-
-def _bring_along(optimizer: ChainOptimizer, param: Tensor, slot: Slot) -> None:
-    """Bring what is held in a slot to the parameter's device, to the type it is held in and to
-    contiguous memory: a parameter may have moved, and a loaded state may come from anywhere."""
-    state, variant = optimizer.state[param], optimizer.variant(param)
-    shapes = {slot.name: torch.Size() if slot.kind == "scalar" else param.shape}
-    dtypes = {slot.name: slot.stored(variant)}
+def _forms(
+    slot: Slot, variant: Variant, param: Tensor
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of the tensors that hold a slot, by name."""
+    shape = torch.Size() if slot.kind == "scalar" else param.shape
+    forms = {slot.name: (shape, slot.stored(variant))}
     if slot.coded:
-        shapes[slot.scale] = torch.Size([-(-param.numel() // BLOCK)])
-        dtypes[slot.scale] = torch.float32
-    for name, shape in shapes.items():
-        if state[name].shape != shape:
-            raise ValueError(
-                f"The state '{name}' of {optimizer.roles.call(param)} has shape "
-                f"{tuple(state[name].shape)} where {tuple(shape)} belongs."
-            )
-        state[name] = state[name].to(param.device, dtypes[name]).contiguous()
+        forms[slot.scale] = torch.Size([-(-param.numel() // BLOCK)]), torch.float32
+    return forms
 
 
 def load(optimizer: ChainOptimizer, state_dict: dict[str, Any]) -> None:
@@ -195,7 +182,9 @@ def _restore(
     if "step" in state:
         state["step"] = int(state["step"])  # other optimizers keep it as a tensor
     converted = set()
-    for name, kind in optimizer.kept(param).items():
+    variant = optimizer.variant(param)
+    for slot in variant.slots:
+        name, kind = slot.name, slot.kind
         if kind not in QUANTIZABLE or name not in state:
             continue
         if state[name].shape != param.shape:
@@ -203,23 +192,16 @@ def _restore(
                 f"The saved '{name}' of {optimizer.roles.call(param)} has shape "
                 f"{tuple(state[name].shape)}, the parameter {tuple(param.shape)}."
             )
-        if f"{name}_scale" not in state:
-            state[name] = state[name].to(maths_dtype(param))
-            if optimizer.uses_8bit(param):
+        if slot.scale not in state:
+            state[name] = state[name].to(variant.maths)
+            if slot.coded:
                 _quantize(state, name, kind)
                 converted.add("from float32 to 8 bits")
-        elif not optimizer.uses_8bit(param):
-            _dequantize(state, name, kind, maths_dtype(param))
+        elif not slot.coded:
+            _dequantize(state, name, kind, variant.maths)
             converted.add("from 8 bits to float32")
     conversions.update(converted)
     return state
-
-
-class _RowMaxima:
-    """Blocks that are the rows of a matrix."""
-
-    def largest(self, matrix: Tensor) -> Tensor:
-        return matrix.amax(1, keepdim=True)
 
 
 def _quantize(state: dict[str, Any], name: str, kind: Kind) -> None:
@@ -227,7 +209,7 @@ def _quantize(state: dict[str, Any], name: str, kind: Kind) -> None:
     value = state[name]
     layout = layout_of((value.numel(),), value.device)
     matrix = layout.gather([value], torch.float32)
-    codes, scales = encode(matrix, kind, NEAREST, _RowMaxima())
+    codes, scales = encode(matrix, kind, NEAREST)
     (view,) = layout.split(codes, [value.shape])
     state[name] = view.to(CODES[kind])  # a copy, without the padding
     state[f"{name}_scale"] = scales.squeeze(1)

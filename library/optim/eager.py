@@ -1,8 +1,7 @@
 """The chain on tensors, by PyTorch's own operations: where nothing can be compiled.
 
-Parameters are taken in pieces that fit a processor's cache and laid end to end as one
-`[blocks, 256]` matrix: an operation on each of two thousand small tensors would cost far more in
-dispatch than in arithmetic.
+Parameters are taken in pieces and laid end to end as one `[blocks, 256]` matrix: an operation on
+each of two thousand small tensors would cost far more in dispatch than in arithmetic.
 """
 
 from __future__ import annotations
@@ -16,10 +15,14 @@ from . import noise
 from .batch import Turn
 from .chain import PER_TENSOR, advance
 from .layout import BLOCK, Layout, layout_of
+from .state import block_maxima
 from .techniques.base import Technique
 
-# Elements that run through the chain together: a dozen float32 matrices of them fit a CPU's cache.
-PIECE = 1 << 17
+# Elements that run through the chain together, with a dozen float32 matrices of as many: a megabyte
+# each on a processor, 32 MB on devices, where starting an operation costs more than a million of
+# numbers.
+PIECE_ON_CPU = 1 << 18
+PIECE_ELSEWHERE = 1 << 23
 
 
 def run(chain: Sequence[Technique], turn: Turn) -> dict[str, Tensor]:
@@ -29,10 +32,12 @@ def run(chain: Sequence[Technique], turn: Turn) -> dict[str, Tensor]:
 
 
 def _pieces(turn: Turn) -> Iterator[slice]:
+    on_cpu = turn.batch.variant.device.type == "cpu"
+    most = PIECE_ON_CPU if on_cpu else PIECE_ELSEWHERE
     start, filled = 0, 0
     for end, param in enumerate(turn.params):
         size = -(-param.numel() // BLOCK) * BLOCK
-        if filled and filled + size > PIECE:
+        if filled and filled + size > most:
             yield slice(start, end)
             start, filled = end, 0
         filled += size
@@ -52,7 +57,7 @@ class _Blocks:
         return self._layout.spread(per_tensor.to(self._dtype))
 
     def largest(self, matrix: Tensor) -> Tensor:
-        return matrix.amax(1, keepdim=True)
+        return block_maxima(matrix)
 
     def noise(self, number: int) -> Tensor:
         return noise.draw(self._seeds[self._layout.owner], self._layout.block, number)

@@ -32,7 +32,7 @@ from .arguments import (
     whole_number,
 )
 from .batch import Batch, Turn, make_turn
-from .chain import Variant
+from .chain import PER_TENSOR, Variant
 from .finite import all_finite
 from .native import build
 from .native import functions as native
@@ -50,6 +50,8 @@ _NO_NAMES = (
     "on pass model.named_parameters(), or a list of names as 'param_names' or 'named' in each "
     "parameter group, or set a 'param_name' attribute on the tensors."
 )
+
+_OWN_NAMES = {"p", "grad", "noise_key", *PER_TENSOR}
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -232,7 +234,13 @@ class ChainOptimizer(torch.optim.Optimizer):
     def kept(self, param: Tensor) -> dict[str, Kind]:
         """What the chain keeps of a parameter, by name."""
         role = self.roles.role[param]
-        return {name: kind for link in self.chain for name, kind in link.state(role).items()}
+        kept = {name: kind for link in self.chain for name, kind in link.state(role).items()}
+        if taken := _OWN_NAMES.intersection(kept):
+            raise ValueError(
+                f"A technique calls its state {', '.join(map(repr, sorted(taken)))}, which is a "
+                "name of the optimizer's own: choose another."
+            )
+        return kept
 
     def __getstate__(self) -> dict[str, Any]:
         own = (

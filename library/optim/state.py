@@ -22,7 +22,8 @@ The functions here run on tensors and are translated to C++ with the rest of the
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,25 +67,31 @@ NEAREST = 1 << 19
 """The noise that rounds to the nearest code."""
 
 
-class _Blocks(Protocol):
-    def largest(self, matrix: Tensor) -> Tensor: ...
+def block_maxima(matrix: Tensor) -> Tensor:
+    """The largest number of each block, `[blocks, 1]`."""
+    return matrix.amax(1, keepdim=True)
 
 
-def encode(x: Tensor, kind: Kind, noise: Tensor | int, blocks: _Blocks) -> tuple[Tensor, Tensor]:
+def encode(
+    x: Tensor,
+    kind: Kind,
+    noise: Tensor | int,
+    largest: Callable[[Tensor], Tensor] = block_maxima,
+) -> tuple[Tensor, Tensor]:
     """8-bit codes and scales of `x`.
 
     Args:
         x: float32 `[blocks, 256]`.
         kind: `signed` or `positive`.
         noise: int32 of 20 bits for stochastic rounding; their half rounds to the nearest.
-        blocks: knows the largest value of each block.
+        largest: gives the largest value of each block.
 
     Returns:
         codes `[blocks, 256]` (int32, to be stored as int8 or uint8) and scales `[blocks, 1]`.
     """
     code = _CODE[kind]
     size = x.abs() if kind == "signed" else x
-    scale = blocks.largest(size) / code.span
+    scale = largest(size) / code.span
     floored = (size * (1 / scale.clamp_min(_TINY)) + code.floor).to(torch.float32)
     steps = ((floored.view(torch.int32) + noise) >> _CUT) - (code.base >> _CUT)
     if kind == "signed":

@@ -6,7 +6,15 @@ from typing import Any
 
 from torch import fx
 
-from .graph import COMPARISONS, ChainGraph, Level, name_of, number_kind, spread
+from .graph import (
+    COMPARISONS,
+    ChainGraph,
+    Level,
+    UntranslatableError,
+    name_of,
+    number_kind,
+    spread,
+)
 
 # Operations by name; {0}, {1}, … are the arguments. The functions are those of lanes.h.
 _OPERATIONS = {
@@ -43,10 +51,6 @@ _OPERATIONS = {
     "eq": "({0} == {1})",
     "ne": "({0} != {1})",
 }
-
-
-class UntranslatableError(RuntimeError):
-    """A technique uses an operation that has no translation; the message names it."""
 
 
 class Expressions:
@@ -108,6 +112,8 @@ class Expressions:
         own = self.values[argument]
         if own.level == Level.ELEMENT:
             text = f"v{self.number[argument]}"
+            if kind == "real" and own.kind == "truth":
+                return f"where({text}, splat(1.0f), splat(0.0f))"
             return f"to_float({text})" if kind == "real" and own.kind == "int" else text
         if own.level == Level.BLOCK:
             text = f"b{self.number[argument]}"
@@ -116,4 +122,7 @@ class Expressions:
             number = f"t[{self.number[argument]}]"
             return f"({number} != 0)" if own.kind == "truth" else number
         text = f"s{self.number[argument]}"
+        if own.kind == "truth" and kind != "real":
+            text = f"({text} != 0)"
+            return f"splat_truth{text}" if level == Level.ELEMENT else text
         return f"splat({text})" if level == Level.ELEMENT else text

@@ -63,14 +63,19 @@ def number_kind(value: Any) -> str:
     return "int" if isinstance(value, int) else "real"
 
 
+class UntranslatableError(RuntimeError):
+    """A technique has a line that cannot be translated; the message tells which and what to do."""
+
+
 @dataclass
 class Value:
-    """What is known of a node: what it is one of, whether real, int or truth, and in which phase
-    it can be known."""
+    """What is known of a node: what it is one of, whether real, int or truth, in which phase it can
+    be known, and whether it is a per-tensor quantity that was spread to meet matrices."""
 
     level: Level
     kind: str
     phase: int = 0
+    is_spread: bool = False
 
 
 class ChainGraph:
@@ -154,7 +159,15 @@ class ChainGraph:
             held[slot.name] = self.given(slot.name, level, "int" if slot.coded else "real")
             if slot.coded:
                 held[slot.scale] = self.given(slot.scale, Level.BLOCK)
-        results: Any = advance(chain, self.variant, held, p, grad, per_tensor, _Factors(self), self)
+        try:
+            results: Any = advance(
+                chain, self.variant, held, p, grad, per_tensor, _Factors(self), self
+            )
+        except fx.proxy.TraceError as error:
+            raise UntranslatableError(
+                "A technique asks for a number before there is one, as `if` and `while` do. Use "
+                "torch.where; what changes with the step belongs into `schedule` (docs/engine.md)."
+            ) from error
         new_p, after, report = results
         self.outputs = {"p": new_p.node} | {name: proxy.node for name, proxy in after.items()}
         self.report = {name: proxy.node for name, proxy in report.items()}
@@ -182,6 +195,31 @@ class ChainGraph:
 
     def _value_of(self, node: fx.Node) -> Value:
         known = [self.values[arg] for arg in node.all_input_nodes]
+        self._check_levels(node, known)
+        value = self._unspread_value_of(node, known)
+        if node.target is not tensor_sum:
+            value.is_spread = node.target is spread or any(arg.is_spread for arg in known)
+        return value
+
+    def _check_levels(self, node: fx.Node, known: Sequence[Value]) -> None:
+        """Refuse what only PyTorch's broadcasting would decide, or would decide otherwise.
+
+        Raises:
+            UntranslatableError: a per-tensor quantity meets a matrix, or is summed.
+        """
+        per_tensor = [value for value in known if value.level == Level.TENSOR]
+        if node.target is tensor_sum and per_tensor:
+            raise UntranslatableError(
+                f"A technique sums what is the same for all elements ({node.format_node()}): "
+                "multiply it by work.numel instead."
+            )
+        mixed = any(value.is_spread or value.level > Level.TENSOR for value in known)
+        if mixed and node.target is not spread and not all(value.is_spread for value in per_tensor):
+            raise UntranslatableError(
+                f"A per-tensor quantity meets a matrix ({node.format_node()}): use work.spread."
+            )
+
+    def _unspread_value_of(self, node: fx.Node, known: Sequence[Value]) -> Value:
         level = max((value.level for value in known), default=Level.PROGRAM)
         phase = max((value.phase for value in known), default=0)
         name = name_of(node)

@@ -26,6 +26,7 @@ static inline To as(From x) {
 
 static inline V splat(float x) { return V{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 static inline I splat_int(int32_t x) { return I{} + x; }
+static inline I splat_truth(bool x) { return splat_int(-static_cast<int32_t>(x)); }
 static inline V to_float(I x) { return __builtin_convertvector(x, V); }
 static inline float to_float(int32_t x) { return static_cast<float>(x); }
 static inline double to_float(double x) { return x; }

@@ -1,0 +1,93 @@
+"""Lines that a technique may have, and those that are refused, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from optimizers import drawn, each_backend, hina, parameters
+from torch import Tensor
+
+from library.optim.native.graph import UntranslatableError
+from library.optim.state import Kind
+from library.optim.techniques import Descent, Technique, Work
+
+SHAPES = ((20, 30), (300,), (5,))
+
+
+class OneLine(Technique):
+    """A direction from a line."""
+
+    def __init__(self, line: Callable[[Work], Tensor], state: dict[str, Kind] | None = None):
+        self.line, self.kept = line, state or {}
+
+    def state(self, role: str) -> dict[str, Kind]:
+        return self.kept
+
+    def apply(self, work: Work) -> None:
+        work.u = self.line(work)
+
+
+def trained(
+    backend: str, line: Callable[[Work], Tensor], state: dict[str, Kind] | None = None
+) -> Tensor:
+    """All parameters after two steps along what a line says."""
+    params = parameters(*drawn(*SHAPES))
+    named = [(f"{k}.weight", p) for k, p in enumerate(params)]
+    optimizer = hina(named, backend, optim_bits=32)
+    optimizer.chain = (OneLine(line, state), Descent())
+    for step in range(2):
+        for p, grad in zip(params, drawn(*SHAPES, seed=step), strict=True):
+            p.grad = grad
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in params])
+
+
+AGREE: dict[str, Callable[[Work], Tensor]] = {
+    "sign": lambda w: w.g.sign(),
+    "power": lambda w: 2 * w.g**3,
+    "number first": lambda w: 1.0 - w.g,
+    "exponential": lambda w: torch.exp(-w.g.abs()),
+    "larger of two": lambda w: torch.maximum(w.g, w.p),
+    "abs of Python": lambda w: abs(w.g),
+    "clamped": lambda w: w.g.clamp(-0.5, 0.5),
+    "both true": lambda w: torch.where((w.g > 0) & (w.p > 0), w.g, 0.0),
+    "truth times number": lambda w: (w.g > 0) * w.g,
+    "how many are true": lambda w: w.g * w.spread(w.sum(w.g > 0)),
+    "which way all go": lambda w: torch.where(w.spread(w.sum(w.g)) > 0, w.g, -w.g),
+    "above the rate": lambda w: torch.where(w.g.abs() > w.spread(w.lr), w.g, 0.0),
+    "by the norm": lambda w: w.g / w.spread(w.sum(w.g * w.g)).sqrt(),
+    "a sum of a sum": lambda w: w.g - w.spread(w.sum(w.g - w.spread(w.sum(w.g) / w.numel))),
+    "since the second step": lambda w: torch.where(w.spread(w.step) > 1, w.g, -w.g),
+}
+
+
+@pytest.mark.parametrize("line", AGREE.values(), ids=list(AGREE))
+def test_both_ways_of_running_a_line_agree(line):
+    compiled, eager = (trained(backend, line) for backend in ("compiled", "eager"))
+    assert (compiled - eager).abs().max() < 2e-6
+    assert (eager - torch.cat([p.flatten() for p in drawn(*SHAPES)])).abs().max() > 1e-4
+
+
+REFUSED: dict[str, tuple[Callable[[Work], Tensor], str]] = {
+    "no translation": (lambda w: torch.tanh(w.g), r"'tanh'.*docs/engine\.md"),
+    "by keyword": (lambda w: w.g.clamp(min=-1), r"'clamp'.*docs/engine\.md"),
+    "branch": (lambda w: w.g if w.step > 1 else -w.g, "torch.where.*schedule"),
+    "not spread": (lambda w: w.g * w.sum(w.g), "per-tensor quantity meets a matrix.*spread"),
+    "not spread where": (lambda w: torch.where(w.step > 1, w.g, 0.0), "meets a matrix"),
+    "sum of one number": (lambda w: w.g * w.spread(w.sum(w.spread(w.lr))), "work.numel"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_what_cannot_be_translated_is_told(line, message):
+    with pytest.raises(UntranslatableError, match=message):
+        trained("compiled", line)
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["grad", "p", "step", "noise_key", "lr"])
+def test_names_that_are_taken(backend, name):
+    with pytest.raises(ValueError, match=f"'{name}'.*choose another"):
+        trained(backend, lambda w: w.g, {name: "signed"})
