@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from optimizers import NOTHING_ON
+from optimizers import NOTHING_ON, each_backend
 from torch import Tensor
 
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
@@ -177,10 +177,11 @@ def plain_adam() -> dict[str, Tensor]:
     return Reference({}).run()
 
 
+@each_backend
 @pytest.mark.parametrize("switch", HinaAdamWOptimizer.SWITCHES)
-def test_alone_follows_its_paper(switch):
+def test_alone_follows_its_paper(backend, switch):
     reference = Reference({switch: True}).run()
-    assert distance(train({switch: True}), reference) < 3e-6
+    assert distance(train({switch: True}, backend=backend), reference) < 3e-6
     assert distance(reference, plain_adam()) > 1e-4  # the switch does something
 
 

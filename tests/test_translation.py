@@ -63,6 +63,36 @@ AGREE: dict[str, Callable[[Work], Tensor]] = {
 }
 
 
+def kept_truth(w: Work) -> Tensor:
+    """A mask of more operations than are made twice, needed before and after its own sum."""
+    agrees = w.g.abs().sqrt().exp().sqrt().exp() * w.p.abs().sqrt().exp() > 4
+    share = w.sum(torch.where(agrees, 1.0, 0.0)) / w.numel
+    return torch.where(agrees, w.g * w.spread(share), -w.g)
+
+
+def keeps_a_sum(w: Work) -> Tensor:
+    w.state["kept"] = w.sum(w.g)
+    return w.g
+
+
+def keeps_what_it_did_not_declare(w: Work) -> Tensor:
+    w.state["other"] = w.g
+    return w.g
+
+
+def reports_a_matrix(w: Work) -> Tensor:
+    w.report["g"] = w.g
+    return w.g
+
+
+def reports_a_number(w: Work) -> Tensor:
+    w.report["one"] = 1.0  # type: ignore[assignment]
+    return w.g
+
+
+AGREE["a mask that is kept"] = kept_truth
+
+
 @pytest.mark.parametrize("line", AGREE.values(), ids=list(AGREE))
 def test_both_ways_of_running_a_line_agree(line):
     compiled, eager = (trained(backend, line) for backend in ("compiled", "eager"))
@@ -71,19 +101,42 @@ def test_both_ways_of_running_a_line_agree(line):
 
 
 REFUSED: dict[str, tuple[Callable[[Work], Tensor], str]] = {
-    "no translation": (lambda w: torch.tanh(w.g), r"'tanh'.*docs/engine\.md"),
-    "by keyword": (lambda w: w.g.clamp(min=-1), r"'clamp'.*docs/engine\.md"),
     "branch": (lambda w: w.g if w.step > 1 else -w.g, "torch.where.*schedule"),
     "not spread": (lambda w: w.g * w.sum(w.g), "per-tensor quantity meets a matrix.*spread"),
     "not spread where": (lambda w: torch.where(w.step > 1, w.g, 0.0), "meets a matrix"),
+    "spread of a matrix": (lambda w: w.g * w.spread(w.p), "spread is for per-tensor quantities"),
     "sum of one number": (lambda w: w.g * w.spread(w.sum(w.spread(w.lr))), "work.numel"),
+    "in place": (lambda w: w.g.mul_(2), r"in place.*test_translation\.py.*mul_"),
+    "a sum as state": (keeps_a_sum, "'kept' has to be a matrix.*= w.sum"),
+    "report of a matrix": (reports_a_matrix, "'g' has to be a per-tensor quantity"),
+    "report of a number": (reports_a_number, "reports 1.0 as 'one'"),
+    "no factor": (lambda w: w.g * w.spread(w.factors[OneLine(abs)]), "OneLine asks for a factor"),
 }
 
 
+@each_backend
 @pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_what_cannot_be_translated_is_told(line, message):
+def test_what_would_mix_tensors_up_is_refused(backend, line, message):
     with pytest.raises(UntranslatableError, match=message):
+        trained(backend, line, {"kept": "signed"})
+
+
+@pytest.mark.parametrize("line", [lambda w: torch.tanh(w.g), lambda w: w.g.clamp(min=-1)])
+def test_what_has_no_translation_is_told_with_its_line(line):
+    with pytest.raises(UntranslatableError, match=r"'(tanh|clamp)'.*test_translation.*engine\.md"):
         trained("compiled", line)
+
+
+@each_backend
+def test_state_has_to_be_declared(backend):
+    with pytest.raises(ValueError, match=r"keeps 'other' without declaring it"):
+        trained(backend, keeps_what_it_did_not_declare)
+
+
+@each_backend
+def test_kinds_of_state_are_checked(backend):
+    with pytest.raises(ValueError, match=r"OneLine keeps 'kept' as 'unsigned'.*signed, positive"):
+        trained(backend, lambda w: w.g, {"kept": "unsigned"})  # type: ignore[dict-item]
 
 
 @each_backend

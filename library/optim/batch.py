@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -172,10 +173,10 @@ class Turn:
         if not isinstance(self.index, slice):
             families = [families[k] for k in self.index.tolist()]
         if len(set(steps)) == 1:
-            values = {family: technique.schedule(family, steps[0]) for family in set(families)}
+            values = {family: _asked(technique, family, steps[0]) for family in set(families)}
             return torch.tensor([values[family] for family in families], dtype=torch.float64)
         places = list(zip(families, steps, strict=True))
-        known = {place: technique.schedule(*place) for place in set(places)}
+        known = {place: _asked(technique, *place) for place in set(places)}
         return torch.tensor([known[place] for place in places], dtype=torch.float64)
 
 
@@ -225,6 +226,15 @@ def _pack(
     if dtypes == {variant.dtype} and all(map(Tensor.is_contiguous, given)):
         return given
     return [grad.to(variant.dtype).contiguous() for grad in given]
+
+
+def _asked(technique: Technique, family: str, step: int) -> float:
+    factor = technique.schedule(family, step)
+    if not math.isfinite(factor):
+        raise ValueError(
+            f"{type(technique).__name__}.schedule gives {factor} for {family} in step {step}."
+        )
+    return factor
 
 
 def _hyper(group: dict[str, Any]) -> list[float]:

@@ -121,6 +121,11 @@ def advance(
     work = Work(layout=blocks, **arguments, factors=factors, grad=grad, p=p, state=state)
     for technique in chain:
         technique.apply(work)
+    if undeclared := work.state.keys() - {slot.name for slot in variant.slots}:
+        raise ValueError(
+            f"A technique keeps {', '.join(map(repr, sorted(undeclared)))} without declaring it in "
+            "`state`."
+        )
     after: dict[str, Tensor] = {}
     draws = 0
     for slot in variant.slots:

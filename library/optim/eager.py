@@ -7,14 +7,17 @@ each of two thousand small tensors would cost far more in dispatch than in arith
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import noise
 from .batch import Turn
-from .chain import PER_TENSOR, advance
+from .chain import PER_TENSOR, Variant, advance
 from .layout import BLOCK, Layout, layout_of
+from .native.graph import ChainGraph
 from .state import block_maxima
 from .techniques.base import Technique
 
@@ -26,9 +29,20 @@ PIECE_ELSEWHERE = 1 << 23
 
 
 def run(chain: Sequence[Technique], turn: Turn) -> dict[str, Tensor]:
-    """One step of the turn's parameters; returns the report, `[active]` by name."""
+    """One step of the turn's parameters; returns the report, `[active]` by name.
+
+    Raises:
+        UntranslatableError: a line of a technique would mix tensors up.
+    """
+    _check(tuple(chain), turn.batch.variant)
     reports = [_run_piece(chain, turn, piece) for piece in _pieces(turn)]
     return {name: torch.cat([report[name] for report in reports]) for name in reports[0]}
+
+
+@lru_cache(maxsize=64)
+def _check(chain: tuple[Technique, ...], variant: Variant) -> None:
+    """Run the chain on symbols first: there a quantity that was not spread cannot happen to fit."""
+    ChainGraph(chain, replace(variant, dtype=variant.maths, stochastic=False))
 
 
 def _pieces(turn: Turn) -> Iterator[slice]:

@@ -39,7 +39,7 @@ from .native import functions as native
 from .native.run import Look, NativeChain
 from .products import lora_row_norms
 from .roles import Roles, group_names
-from .state import Kind
+from .state import KINDS, Kind
 from .techniques.base import TINY, Technique
 
 logger = logging.getLogger(__name__)
@@ -234,7 +234,15 @@ class ChainOptimizer(torch.optim.Optimizer):
     def kept(self, param: Tensor) -> dict[str, Kind]:
         """What the chain keeps of a parameter, by name."""
         role = self.roles.role[param]
-        kept = {name: kind for link in self.chain for name, kind in link.state(role).items()}
+        kept: dict[str, Kind] = {}
+        for link in self.chain:
+            for name, kind in link.state(role).items():
+                if kind not in KINDS or kept.get(name, kind) != kind:
+                    raise ValueError(
+                        f"{type(link).__name__} keeps '{name}' as '{kind}': a kind is one of "
+                        f"{', '.join(KINDS)}, and the same for all techniques that keep it."
+                    )
+                kept[name] = kind
         if taken := _OWN_NAMES.intersection(kept):
             raise ValueError(
                 f"A technique calls its state {', '.join(map(repr, sorted(taken)))}, which is a "

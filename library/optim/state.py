@@ -23,7 +23,7 @@ The functions here run on tensors and are translated to C++ with the rest of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ Kind = Literal["signed", "positive", "scalar", "initial"]
 """What a technique keeps of a parameter: a signed or a positive value for each element (these may
 be held in 8 bits), one float32 for the tensor, or the parameter's own initial value."""
 
+KINDS: tuple[Kind, ...] = get_args(Kind)
 QUANTIZABLE: tuple[Kind, ...] = ("signed", "positive")
 CODES: dict[Kind, torch.dtype] = {"signed": torch.int8, "positive": torch.uint8}
 

@@ -11,6 +11,7 @@ from .graph import (
     ChainGraph,
     Level,
     UntranslatableError,
+    line_of,
     name_of,
     number_kind,
     spread,
@@ -81,9 +82,9 @@ class Expressions:
             return f"to_{'int' if kind == 'int' else 'float'}({self.argument(node.args[0], level)})"
         if name not in _OPERATIONS or node.kwargs:
             raise UntranslatableError(
-                f"A technique uses '{name}' ({node.format_node()}), which has no translation to "
-                "C++. Write it with operations that have one (docs/engine.md lists them), or "
-                'run the optimizer with backend="eager".'
+                f"A technique uses '{name}', which has no translation to C++: {line_of(node)}. "
+                "Write it with operations that have one (docs/engine.md lists them), or run the "
+                'optimizer with backend="eager".'
             )
         arguments = list(node.args)
         if name == "pow" and arguments[1] in (2, 0.5):

@@ -11,15 +11,19 @@ their finiteness, and sums over gradients alone cost nothing more there. All els
 
 from __future__ import annotations
 
+import linecache
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..chain import PER_TENSOR, Variant, advance
+from ..techniques import base as techniques
 from ..techniques.base import Technique
 
 
@@ -49,6 +53,29 @@ def name_of(node: fx.Node) -> str:
     """The operation's name, however it was called: operator, function or method."""
     name = node.target if isinstance(node.target, str) else node.target.__name__
     return _ALIASES.get(name, name)
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Notes of each node which line of a technique made it."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        frame = sys._getframe(1)
+        while frame.f_back and frame.f_code.co_filename.startswith(_NO_TECHNIQUES):
+            frame = frame.f_back
+        node.meta["line"] = (frame.f_code.co_filename, frame.f_lineno)
+        return node
+
+
+_NO_TECHNIQUES = (__file__, techniques.__file__, str(Path(torch.__file__).parent))
+
+
+def line_of(node: fx.Node) -> str:
+    """The line of Python that made a node; of an input, its name."""
+    if node.op == "placeholder":
+        return node.name
+    file, number = node.meta["line"]
+    return f"{Path(file).name}, line {number}: {linecache.getline(file, number).strip()}"
 
 
 def only(node: fx.Node) -> fx.Node:
@@ -100,13 +127,14 @@ class ChainGraph:
         self.inputs: dict[str, fx.Node] = {}
         self.factors: list[Technique] = []
         self._graph = fx.Graph()
-        self._tracer = fx.proxy.GraphAppendingTracer(self._graph)
+        self._tracer = _Tracer(self._graph)
         self._run(chain)
         needed = self._behind([*self.outputs.values(), *self.report.values(), self.inputs["grad"]])
         self.nodes = [node for node in self._graph.nodes if node in needed]
         for node in self.nodes:
             if node not in self.values:
                 self.values[node] = self._value_of(node)
+        self._check_outputs()
         self.sums = [node for node in self.nodes if node.target is tensor_sum]
         elements = [n for n in self.outputs.values() if self.values[n].level != Level.TENSOR]
         self.last = max([1, *(self.values[n].phase for n in [*elements, *map(only, self.sums)])])
@@ -168,7 +196,17 @@ class ChainGraph:
                 "A technique asks for a number before there is one, as `if` and `while` do. Use "
                 "torch.where; what changes with the step belongs into `schedule` (docs/engine.md)."
             ) from error
+        for node in self._graph.nodes:
+            if name_of(node).endswith("_") and name_of(node) not in ("and_", "or_"):
+                raise UntranslatableError(
+                    f"A technique changes a tensor in place: {line_of(node)}."
+                )
         new_p, after, report = results
+        for name, value in report.items():
+            if not isinstance(value, fx.Proxy):
+                raise UntranslatableError(
+                    f"A technique reports {value!r} as '{name}': a report is a per-tensor quantity."
+                )
         self.outputs = {"p": new_p.node} | {name: proxy.node for name, proxy in after.items()}
         self.report = {name: proxy.node for name, proxy in report.items()}
 
@@ -201,6 +239,19 @@ class ChainGraph:
             value.is_spread = node.target is spread or any(arg.is_spread for arg in known)
         return value
 
+    def _check_outputs(self) -> None:
+        """Refuse a matrix where a number for the tensor is kept or reported, and the other way.
+
+        Raises:
+            UntranslatableError: names it.
+        """
+        scalars = {slot.name for slot in self.variant.slots if slot.kind == "scalar"}
+        for name, node in {**self.outputs, **self.report}.items():
+            per_tensor = name in scalars or name in self.report
+            if (self.values[node].level <= Level.TENSOR) != per_tensor:
+                wanted = "a per-tensor quantity" if per_tensor else "a matrix"
+                raise UntranslatableError(f"'{name}' has to be {wanted}: {line_of(node)}.")
+
     def _check_levels(self, node: fx.Node, known: Sequence[Value]) -> None:
         """Refuse what only PyTorch's broadcasting would decide, or would decide otherwise.
 
@@ -210,13 +261,17 @@ class ChainGraph:
         per_tensor = [value for value in known if value.level == Level.TENSOR]
         if node.target is tensor_sum and per_tensor:
             raise UntranslatableError(
-                f"A technique sums what is the same for all elements ({node.format_node()}): "
-                "multiply it by work.numel instead."
+                f"A technique sums what is the same for all elements: {line_of(node)}. Multiply it "
+                "by work.numel instead."
+            )
+        if node.target is spread and (known[0].level > Level.TENSOR or known[0].is_spread):
+            raise UntranslatableError(
+                f"work.spread is for per-tensor quantities; this is a matrix: {line_of(node)}."
             )
         mixed = any(value.is_spread or value.level > Level.TENSOR for value in known)
         if mixed and node.target is not spread and not all(value.is_spread for value in per_tensor):
             raise UntranslatableError(
-                f"A per-tensor quantity meets a matrix ({node.format_node()}): use work.spread."
+                f"A per-tensor quantity meets a matrix: {line_of(node)}. Use work.spread."
             )
 
     def _unspread_value_of(self, node: fx.Node, known: Sequence[Value]) -> Value:
@@ -370,6 +425,11 @@ class _Factors(dict[Technique, Any]):
         self._graph = graph
 
     def __missing__(self, technique: Technique) -> Any:
+        if not technique.has_factor:
+            raise UntranslatableError(
+                f"{type(technique).__name__} asks for a factor, but has neither `schedule` nor "
+                "`prepare`."
+            )
         factors = self._graph.factors
         self[technique] = self._graph.given(f"factor{len(factors)}", Level.TENSOR)
         factors.append(technique)

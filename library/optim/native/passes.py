@@ -253,7 +253,7 @@ class Pass:
                 lines.append(f"a{self.number[node]}[j / LANES] = v{self.number[node]};")
         for node, made in self.graph.kept.items():
             if made == self.phase and node in self.loop and self.loop[node] == loop:
-                lines.append(f"store({self.kept_at(node)}, v{self.number[node]});")
+                lines.append(f"store({self.kept_at(node)}, as<V>(v{self.number[node]}));")
         for node in self.maxima_in(loop):
             of = self.number[only(node)]
             lines.append(f"x{self.number[node]} = larger(x{self.number[node]}, v{of});")
@@ -298,9 +298,9 @@ class Pass:
             return f"load({node.name}_at + j)"
         if node.target is draw:
             return f"load(d{self.number[node]} + j)"
-        return (
-            f"a{self.number[node]}[j / LANES]" if node in handed else f"load({self.kept_at(node)})"
-        )
+        if node in handed:
+            return f"a{self.number[node]}[j / LANES]"
+        return f"as<{self.lanes(node)}>(load({self.kept_at(node)}))"
 
     def store_loop(self, name: str) -> int:
         """In which loop an output is written: not before the last that reads what lies there."""

@@ -28,7 +28,7 @@ class Layout(Protocol):
         ...
 
 
-@dataclass
+@dataclass(slots=True)
 class Work:
     """Tensors in the middle of one step.
 
