@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizers import each_backend, hina
+from optimizers import drawn, each_backend, hina, parameters
 from torch import nn
 
 from library.optim.native.pairs import order_of
@@ -83,6 +83,49 @@ def test_halves_of_two_types(backend):
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert lrs(optimizer) == pytest.approx(want, rel=1e-5)
+
+
+@each_backend
+def test_half_precision_with_gaps(backend):
+    a, b = (
+        nn.Parameter(torch.stack([half, half], -1)[..., 0])
+        for half in pair(4, 20, 10, torch.bfloat16)
+    )
+    optimizer = hina([(f"{NAME}.lora_down.weight", a), (f"{NAME}.lora_up.weight", b)], backend)
+    want = expected(a.detach(), b.detach())
+    for p in (a, b):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not a.is_contiguous()
+    assert lrs(optimizer) == pytest.approx(want, rel=1e-5)
+
+
+def large_pairs(backend: str, threads: int) -> list[torch.Tensor]:
+    """Tensors that threads share, that are a task of their own, and small ones, after three steps
+    in which half of each gradient is zero."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    shapes = [(16, 40_000), (300, 16), (16, 300), (9_000, 16), (1100, 600), (300, 300), (7,)]
+    params = parameters(*drawn(*shapes))
+    names = ["a.lora_down", "a.lora_up", "b.lora_down", "b.lora_up", "c", "d", "e"]
+    optimizer = hina(zip(names, params, strict=True), backend, optim_bits=32)
+    for step in range(3):
+        for p, grad in zip(params, drawn(*shapes, seed=step + 1), strict=True):
+            p.grad = grad * (grad > 0)
+        optimizer.step()
+    torch.set_num_threads(before)
+    return [p.detach() for p in params]
+
+
+def test_large_tensors_and_threads():
+    one, two, eager = (
+        large_pairs("compiled", 1),
+        large_pairs("compiled", 2),
+        large_pairs("eager", 1),
+    )
+    for p, q, r in zip(one, two, eager, strict=True):
+        assert torch.equal(p, q)
+        assert (p - r).abs().max() < 1e-5
 
 
 def test_halves_are_neighbours_in_the_order():

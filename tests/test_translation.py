@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -54,6 +55,13 @@ AGREE: dict[str, Callable[[Work], Tensor]] = {
     "clamped": lambda w: w.g.clamp(-0.5, 0.5),
     "both true": lambda w: torch.where((w.g > 0) & (w.p > 0), w.g, 0.0),
     "truth times number": lambda w: (w.g > 0) * w.g,
+    "truth as real": lambda w: w.g * (w.g > 0).float(),
+    "truth as whole": lambda w: w.g * (w.g > 0).int(),
+    "truth and one": lambda w: w.g * (2 * (w.g > 0) - 1),
+    "truth by truth": lambda w: torch.where((w.g > 0) * (w.p > 0), w.g, -w.g),
+    "spread truth": lambda w: torch.where(w.spread(w.step > 1), w.g, -w.g),
+    "plain number spread": lambda w: w.g * w.spread(w.pace),
+    "half of a whole": lambda w: w.g * ((w.g > 0).int() / 2),
     "how many are true": lambda w: w.g * w.spread(w.sum(w.g > 0)),
     "which way all go": lambda w: torch.where(w.spread(w.sum(w.g)) > 0, w.g, -w.g),
     "above the rate": lambda w: torch.where(w.g.abs() > w.spread(w.lr), w.g, 0.0),
@@ -106,6 +114,10 @@ REFUSED: dict[str, tuple[Callable[[Work], Tensor], str]] = {
     "not spread where": (lambda w: torch.where(w.step > 1, w.g, 0.0), "meets a matrix"),
     "spread of a matrix": (lambda w: w.g * w.spread(w.p), "spread is for per-tensor quantities"),
     "sum of one number": (lambda w: w.g * w.spread(w.sum(w.spread(w.lr))), "work.numel"),
+    "sum of a constant": (lambda w: w.g * w.spread(w.sum(torch.ones(3, 256))), "sum of nothing"),
+    "by keyword": (lambda w: w.g.clamp(min=-1), "by position.*clamp"),
+    "another type": (lambda w: w.g.to(torch.bfloat16), "no type torch.bfloat16"),
+    "square root of a symbol": (lambda w: w.g * math.sqrt(w.step), "functions of `math`"),
     "in place": (lambda w: w.g.mul_(2), r"in place.*test_translation\.py.*mul_"),
     "a sum as state": (keeps_a_sum, "'kept' has to be a matrix.*= w.sum"),
     "report of a matrix": (reports_a_matrix, "'g' has to be a per-tensor quantity"),
@@ -121,7 +133,7 @@ def test_what_would_mix_tensors_up_is_refused(backend, line, message):
         trained(backend, line, {"kept": "signed"})
 
 
-@pytest.mark.parametrize("line", [lambda w: torch.tanh(w.g), lambda w: w.g.clamp(min=-1)])
+@pytest.mark.parametrize("line", [lambda w: torch.tanh(w.g), lambda w: w.g.clamp(-1.0)])
 def test_what_has_no_translation_is_told_with_its_line(line):
     with pytest.raises(UntranslatableError, match=r"'(tanh|clamp)'.*test_translation.*engine\.md"):
         trained("compiled", line)

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from optimizers import drawn, each_backend, hina, parameters
+from optimizers import drawn, each_backend, hina, parameters, same
 from runs import ROOT
 from torch import Tensor, nn
 
@@ -80,7 +81,7 @@ def test_of_many_tensors_one_that_is_given_other_data_is_found_too():
         optimizer.step()
 
     step()
-    held = optimizer.state[params[150]]["exp_avg"]
+    held = optimizer.state[params[151]]["exp_avg"]
     old = held.data
     held.data = torch.zeros_like(old)
     for _ in range(1 + len(params) // 64):
@@ -152,8 +153,45 @@ def test_a_loaded_state_of_another_shape_is_refused(backend):
     optimizer.step()
     saved = optimizer.state_dict()
     saved["state"][0]["spd_anchor"] = torch.zeros(3)
+    before = deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"'spd_anchor' of x\.weight has shape \(3,\)"):
         optimizer.load_state_dict(saved)
+    assert same(optimizer.state_dict(), before)
+
+
+@each_backend
+def test_groups_that_were_changed_by_hand_are_seen(backend):
+    """As torch's own optimizers allow it."""
+    first, second, third = parameters(*drawn((5, 5), (6, 6), (7, 7)))
+    groups = [{"params": [first], "lr": 1.0}, {"params": [second], "lr": 0.0}]
+    optimizer = hina(groups, backend, weight_decay=0.0)
+
+    def moved() -> list[bool]:
+        before = [p.detach().clone() for p in (first, second, third)]
+        for p in (first, second, third):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return [not torch.equal(p, b) for p, b in zip((first, second, third), before, strict=True)]
+
+    moved()  # ADOPT's first step moves nothing
+    assert moved() == [True, False, False]
+    optimizer.param_groups.reverse()
+    assert moved() == [True, False, False]
+    optimizer.param_groups[1]["params"].append(third)
+    moved()
+    assert moved() == [True, False, True]
+    optimizer.param_groups.pop(0)
+    assert moved() == [True, False, True]
+
+
+def test_memory_that_was_taken_away_is_told():
+    (p,) = parameters(*drawn((5, 5)))
+    optimizer = hina([("x", p)], "compiled")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="gradient has no memory"):
+        optimizer.step()
 
 
 class Sorted(Technique):

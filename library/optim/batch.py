@@ -24,7 +24,7 @@ class Batch:
         params, roles, groups, positions: of each parameter, the tensor, its role, the index of its
             group and its place among all of the optimizer's.
         entries: the optimizer's state of each, empty before its first gradient.
-        addresses: where each parameter lies.
+        addresses, sizes: where each parameter lies, and of how many elements it is.
     """
 
     def __init__(self, variant: Variant) -> None:
@@ -90,10 +90,11 @@ class Batch:
         )
 
     def _some_data_is_as_before(self) -> bool:
-        stride = 1 + len(self.params) // 64
+        begun = [k for k, lies in enumerate(self._lies) if lies]
+        stride = 1 + len(begun) // 64
         return all(
             self.entries[k][name].data_ptr() == address
-            for k in range(self._steps % stride, len(self.params), stride)
+            for k in begun[self._steps % stride :: stride]
             for name, (address, _) in self._lies[k].items()
         )
 
@@ -146,7 +147,7 @@ class Turn:
         prepared: Mapping[Technique, Tensor],
         pair_norms: Tensor,
     ) -> None:
-        """Fill in what the chain is told per tensor; the steps are counted on.
+        """Fill in what the chain is told per tensor, for the step that comes.
 
         Args:
             prepared, pair_norms: float64 `[parameters]`, of all parameters of the optimizer.

@@ -42,18 +42,26 @@ def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
         )
     variant = optimizer.variant(param)
     for slot in variant.slots:
+        _check_shapes(optimizer, param, state, slot, variant)
         for name, (shape, dtype) in _forms(slot, variant, param).items():
             if name not in state:
                 state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
                 if slot.kind == "initial":
                     state[name].copy_(param.detach())
-            if state[name].shape != shape:
-                raise ValueError(
-                    f"The state '{name}' of {optimizer.roles.call(param)} has shape "
-                    f"{tuple(state[name].shape)} where {tuple(shape)} belongs."
-                )
             # The parameter may have moved, and a loaded state may come from anywhere.
             state[name] = state[name].to(param.device, dtype).contiguous()
+
+
+def _check_shapes(
+    optimizer: ChainOptimizer, param: Tensor, state: dict[str, Any], slot: Slot, variant: Variant
+) -> None:
+    """Refuse what is held in a slot if it belongs to a tensor of another shape."""
+    for name, (shape, _) in _forms(slot, variant, param).items():
+        if name in state and state[name].shape != shape:
+            raise ValueError(
+                f"The state '{name}' of {optimizer.roles.call(param)} has shape "
+                f"{tuple(state[name].shape)} where {tuple(shape)} belongs."
+            )
 
 
 def _forms(
@@ -186,6 +194,7 @@ def _restore(
     for slot in variant.slots:
         name, kind = slot.name, slot.kind
         if kind not in QUANTIZABLE or name not in state:
+            _check_shapes(optimizer, param, state, slot, variant)
             continue
         if state[name].shape != param.shape:
             raise ValueError(
@@ -200,6 +209,7 @@ def _restore(
         elif not slot.coded:
             _dequantize(state, name, kind, variant.maths)
             converted.add("from 8 bits to float32")
+        _check_shapes(optimizer, param, state, slot, variant)
     conversions.update(converted)
     return state
 

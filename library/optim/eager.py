@@ -68,7 +68,8 @@ class _Blocks:
         return self._layout.sum(matrix)
 
     def spread(self, per_tensor: Tensor) -> Tensor:
-        return self._layout.spread(per_tensor.to(self._dtype))
+        truth = per_tensor.dtype == torch.bool
+        return self._layout.spread(per_tensor if truth else per_tensor.to(self._dtype))
 
     def largest(self, matrix: Tensor) -> Tensor:
         return block_maxima(matrix)

@@ -121,6 +121,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         self._batches: list[Batch] = []
         self._native: dict[Batch, NativeChain] = {}
         self._seen: list[int] = []
+        self._grouped: list[tuple[int, ...]] = []
         self.last_step: list[StepRecord] = []
         super().__init__(params, defaults)
         if not self.roles.named:
@@ -157,6 +158,8 @@ class ChainOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{type(self).__name__} takes real floating-point tensors, not {param.dtype}."
                 )
+        if len(set(map(id, params))) < len(params):
+            raise ValueError(f"A parameter group of {type(self).__name__} has a tensor twice.")
         names = group_names(param_group)
         # PyTorch wants all groups with names or none: "" stands for a missing one.
         if names is None and any("param_names" in group for group in self.param_groups):
@@ -272,6 +275,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         """Drop what is only remembered for speed, and the last step's report."""
         self._roles = None
         self._batches, self._native, self._seen, self.last_step = [], {}, [], []
+        self._grouped = []
 
     def _check_groups(self) -> None:
         """Refuse learning rates that are not finite, and sparse gradients."""
@@ -365,6 +369,10 @@ class ChainOptimizer(torch.optim.Optimizer):
     def _batches_now(self) -> list[Batch]:
         """All parameters in batches; made anew where a parameter or its state has moved."""
         seen = list(map(id, self.state.values()))
+        grouped = [(id(group), *map(id, group["params"])) for group in self.param_groups]
+        if grouped != self._grouped:
+            self._forget()
+            self._grouped = grouped
         if self._batches and seen == self._seen and all(b.is_as_before() for b in self._batches):
             return self._batches
         batches: dict[Variant, Batch] = {}

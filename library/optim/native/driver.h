@@ -108,9 +108,8 @@ extern "C" int look_at_all(const Call* given) {
   return fine;
 }
 
-// The mean row norm of B·A, if the tensor at this place of the order is the first half of a pair.
+// The mean row norm of B·A of the pair whose first half is at this place of the order.
 static void norm_of_pair(const Call& call, int64_t place) {
-  if (!call.ranks[place]) return;
   const int64_t first = call.order[place], second = call.order[place + 1];
   const int64_t rank = std::abs(call.ranks[place]);
   const int64_t a = call.ranks[place] > 0 ? first : second, b = a == first ? second : first;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import fx
@@ -62,9 +63,7 @@ class Expressions:
     """
 
     def __init__(self, graph: ChainGraph) -> None:
-        self.values = graph.values
-        # Beside codes of three bits behind the exponent a root of fourteen is exact enough.
-        self._coarse = graph.variant.quantized
+        self.graph, self.values = graph, graph.values
         self.number = {node: index for index, node in enumerate(graph.nodes)}
 
     def of(self, node: fx.Node, level: Level) -> str:
@@ -79,22 +78,26 @@ class Expressions:
         if name == "view":
             return f"as<{'I' if kind == 'int' else 'V'}>({self.argument(node.args[0], level)})"
         if name in ("to", "float", "int"):
-            return f"to_{'int' if kind == 'int' else 'float'}({self.argument(node.args[0], level)})"
-        if name not in _OPERATIONS or node.kwargs:
+            truth = self.kind(node.args[0]) == "truth"
+            operand = self.argument(node.args[0], level, "real" if truth else None)
+            return f"to_{'int' if kind == 'int' else 'float'}({operand})"
+        if name not in _OPERATIONS or len(node.args) != _arity(name):
             raise UntranslatableError(
-                f"A technique uses '{name}', which has no translation to C++: {line_of(node)}. "
+                f"A technique uses '{name}' of {len(node.args)} arguments, which has no "
+                f"translation to C++: {line_of(node)}. "
                 "Write it with operations that have one (docs/engine.md lists them), or run the "
                 'optimizer with backend="eager".'
             )
         arguments = list(node.args)
         if name == "pow" and arguments[1] in (2, 0.5):
             name = "square" if arguments[1] == 2 else "sqrt"
-        if name == "rsqrt" and level == Level.ELEMENT and self._coarse:
+        if name == "rsqrt" and level == Level.ELEMENT and self.graph.is_of_codes(node):
+            # Codes have three bits behind the exponent: a root of fourteen is exact enough.
             name = "coarse_rsqrt"
         if name in COMPARISONS:
             kind = "int" if {self.kind(argument) for argument in arguments} == {"int"} else "real"
         operands = [
-            self.argument(argument, level, None if name == "where" and k == 0 else kind)
+            self.argument(argument, level, "truth" if name == "where" and k == 0 else kind)
             for k, argument in enumerate(arguments)
         ]
         return _OPERATIONS[name].format(*operands)
@@ -113,8 +116,12 @@ class Expressions:
         own = self.values[argument]
         if own.level == Level.ELEMENT:
             text = f"v{self.number[argument]}"
+            if kind == "truth" and own.kind != "truth":
+                return f"({text} != 0)"
             if kind == "real" and own.kind == "truth":
                 return f"where({text}, splat(1.0f), splat(0.0f))"
+            if kind == "int" and own.kind == "truth":
+                return f"where({text}, splat_int(1), splat_int(0))"
             return f"to_float({text})" if kind == "real" and own.kind == "int" else text
         if own.level == Level.BLOCK:
             text = f"b{self.number[argument]}"
@@ -123,7 +130,12 @@ class Expressions:
             number = f"t[{self.number[argument]}]"
             return f"({number} != 0)" if own.kind == "truth" else number
         text = f"s{self.number[argument]}"
-        if own.kind == "truth" and kind != "real":
+        if own.kind == "truth" and kind not in ("real", "int"):
             text = f"({text} != 0)"
             return f"splat_truth{text}" if level == Level.ELEMENT else text
         return f"splat({text})" if level == Level.ELEMENT else text
+
+
+def _arity(name: str) -> int:
+    """How many arguments an operation takes."""
+    return len(set(re.findall(r"{(\d)}", _OPERATIONS[name])))

@@ -1,4 +1,4 @@
-"""Machine code that is no part of a chain: for many tensors at once, where they lie."""
+"""Whether machine code can be had here, and for which tensors."""
 
 from __future__ import annotations
 

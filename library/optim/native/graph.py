@@ -45,6 +45,7 @@ def draw(number: Any) -> Any: ...
 
 _ALIASES = {"div": "truediv", "divide": "truediv", "max": "maximum", "min": "minimum"}
 COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
+_ARITHMETIC = {"add", "sub", "mul", "neg", "abs", "square", "pow", "maximum", "minimum"}
 _COSTLY = {"truediv", "sqrt", "rsqrt", "reciprocal", "exp", "pow"}
 _WORTH_KEEPING = 9  # operations
 
@@ -80,8 +81,9 @@ def line_of(node: fx.Node) -> str:
 
 def only(node: fx.Node) -> fx.Node:
     """The one argument of a sum or a maximum."""
-    (argument,) = node.all_input_nodes
-    return argument
+    if len(node.all_input_nodes) != 1:
+        raise UntranslatableError(f"This is a sum of nothing that is known: {line_of(node)}.")
+    return node.all_input_nodes[0]
 
 
 def number_kind(value: Any) -> str:
@@ -170,6 +172,11 @@ class ChainGraph:
         found = self._behind(self.roots(phase), stop=loaded)
         return [node for node in self.nodes if node in found and self.values[node].level > 1]
 
+    def is_of_codes(self, node: fx.Node) -> bool:
+        """Whether a node comes from state in 8 bits."""
+        coded = {self.inputs[slot.name] for slot in self.variant.slots if slot.coded}
+        return not coded.isdisjoint(self._behind([node]))
+
     def per_tensor(self, phase: int) -> list[fx.Node]:
         """The nodes of tensors that can be known once `phase` passes are over, in order."""
         return [
@@ -191,10 +198,13 @@ class ChainGraph:
             results: Any = advance(
                 chain, self.variant, held, p, grad, per_tensor, _Factors(self), self
             )
-        except fx.proxy.TraceError as error:
+        except (fx.proxy.TraceError, TypeError) as error:
+            if isinstance(error, TypeError) and "Proxy" not in str(error):
+                raise
             raise UntranslatableError(
-                "A technique asks for a number before there is one, as `if` and `while` do. Use "
-                "torch.where; what changes with the step belongs into `schedule` (docs/engine.md)."
+                "A technique asks for a number before there is one, as `if`, `max(a, b)` and "
+                "functions of `math` do. Use torch.where and the methods of tensors; what changes "
+                "with the step belongs into `schedule` (docs/engine.md)."
             ) from error
         for node in self._graph.nodes:
             if name_of(node).endswith("_") and name_of(node) not in ("and_", "or_"):
@@ -278,6 +288,8 @@ class ChainGraph:
         level = max((value.level for value in known), default=Level.PROGRAM)
         phase = max((value.phase for value in known), default=0)
         name = name_of(node)
+        if node.kwargs:
+            raise UntranslatableError(f"Arguments have to be given by position: {line_of(node)}.")
         if node.target is tensor_sum:
             return Value(Level.TENSOR, "real", phase + 1)
         if node.target is block_max:
@@ -287,14 +299,19 @@ class ChainGraph:
         if name in COMPARISONS:
             return Value(level, "truth", phase)
         if name in ("view", "to", "float", "int"):
-            to = node.args[1] if len(node.args) > 1 else None
+            to = node.args[1] if len(node.args) > 1 else torch.float32
+            if to not in (torch.float32, torch.int32):
+                raise UntranslatableError(f"There is no type {to} here: {line_of(node)}.")
             return Value(level, "int" if name == "int" or to == torch.int32 else "real", phase)
         operands = node.args[1:] if name == "where" else node.args
         kinds = {
             self.values[arg].kind if isinstance(arg, fx.Node) else number_kind(arg)
             for arg in operands
         }
-        return Value(level, next(k for k in ("real", "int", "truth") if k in kinds), phase)
+        kind = next(k for k in ("real", "int", "truth") if k in kinds)
+        # A truth value counts as 0 or 1.
+        counts = name == "truediv" or (kind == "truth" and name in _ARITHMETIC)
+        return Value(level, "real" if counts else kind, phase)
 
     def _behind(
         self, roots: Iterable[fx.Node], stop: Iterable[fx.Node] | None = None

@@ -314,7 +314,7 @@ class Pass:
         return f"kept + {list(self.graph.kept).index(node)} * stride + at + j"
 
 
-class Look(Pass):
+class LookPass(Pass):
     """Phase 0, the look at gradients: sums over these alone, and whether all are finite."""
 
     head = (

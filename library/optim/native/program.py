@@ -12,7 +12,7 @@ from ..chain import PER_TENSOR, Variant
 from ..techniques.base import Technique
 from .expressions import Expressions
 from .graph import ChainGraph, Level
-from .passes import Look, Memory, Pass
+from .passes import LookPass, Memory, Pass
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class _Writer:
             f"constexpr int SUMS = {max(len(graph.sums_of(phase)) for phase in phases)};",
             f"constexpr int VALUES = {len(graph.nodes)};",
             f"constexpr int64_t KEPT = {len(graph.kept)};\n",
-            Look(graph, self.expressions, self.memory).text(),
+            LookPass(graph, self.expressions, self.memory).text(),
             *(one.text() for one in passes),
             _switch("pass", _PASS, phases),
             self.begin(looks),

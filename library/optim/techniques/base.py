@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -88,8 +88,11 @@ class Work:
         """The sum over each tensor, per tensor."""
         return self.layout.sum(matrix)
 
-    def spread(self, per_tensor: Tensor) -> Tensor:
-        """A per-tensor quantity, to meet matrices elementwise."""
+    def spread(self, per_tensor: Tensor | float) -> Tensor:
+        """A per-tensor quantity, to meet matrices elementwise; a plain number meets them as it is
+        (`pace` is one until a technique has changed it)."""
+        if isinstance(per_tensor, float):
+            return cast(Tensor, per_tensor)
         return self.layout.spread(per_tensor)
 
 
