@@ -14,7 +14,7 @@ from library.optim.native.graph import UntranslatableError
 from library.optim.state import Kind
 from library.optim.techniques import Descent, Technique, Work
 
-SHAPES = ((20, 30), (300,), (5,))
+SHAPES = ((20, 30), (300,), (5,), (300, 300))  # the last in more than one piece
 
 
 class OneLine(Technique):
