@@ -104,7 +104,7 @@ AGREE["a mask that is kept"] = kept_truth
 @pytest.mark.parametrize("line", AGREE.values(), ids=list(AGREE))
 def test_both_ways_of_running_a_line_agree(line):
     compiled, eager = (trained(backend, line) for backend in ("compiled", "eager"))
-    assert (compiled - eager).abs().max() < 2e-6
+    assert (compiled - eager).abs().max() < 2e-6 * eager.abs().max().clamp_min(1)
     assert (eager - torch.cat([p.flatten() for p in drawn(*SHAPES)])).abs().max() > 1e-4
 
 
