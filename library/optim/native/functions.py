@@ -35,5 +35,16 @@ def fits(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
-    """Where each tensor's numbers begin, int64 `[tensors]`."""
-    return torch.frombuffer(array("q", map(Tensor.data_ptr, tensors)), dtype=torch.int64)
+    """Where each tensor's numbers begin, int64 `[tensors]`.
+
+    Raises:
+        RuntimeError: one has no memory.
+    """
+    where = array("q", map(Tensor.data_ptr, tensors))
+    if 0 in where:
+        shape = tuple(tensors[where.index(0)].shape)
+        raise RuntimeError(
+            f"A parameter, its gradient or its state (of shape {shape}) has no memory: the storage "
+            "was emptied."
+        )
+    return torch.frombuffer(where, dtype=torch.int64)

@@ -66,9 +66,7 @@ class NativeChain:
         self._pairs = pairs if any(technique.uses_pair_norm for technique in chain) else ()
         count = len(batch.params)
         self._held = torch.zeros(len(self.program.pointers), count, dtype=torch.int64)
-        self._held[0] = torch.tensor(batch.addresses)
-        if not all(batch.addresses):
-            raise RuntimeError("A parameter has no memory: its storage was emptied.")
+        self._held[0] = addresses(batch.params)
         self._keys = torch.zeros(count, dtype=torch.int32)
         self._unknown = set(range(count))
         self._noise = noise.table(CPU)
@@ -77,8 +75,6 @@ class NativeChain:
         """Look at the turn's gradients; nothing is changed."""
         count = len(turn.params)
         grads = addresses(turn.grads)
-        if not bool(grads.all()):
-            raise RuntimeError("A gradient has no memory: its storage was emptied.")
         sums = torch.empty(self.program.looks, count, dtype=torch.float64)
         numel = self._batch.numel[turn.index]
         call = _call(count, numel=numel, grads=grads, looked=sums)
@@ -128,9 +124,7 @@ class NativeChain:
         for k in [k for k in self._unknown if self._batch.entries[k]]:
             entry = self._batch.entries[k]
             for row, name in enumerate(self.program.pointers[1:], 1):
-                self._held[row, k] = entry[name].data_ptr()
-                if not self._held[row, k]:
-                    raise RuntimeError(f"The state '{name}' has no memory: it was emptied.")
+                self._held[row, k : k + 1] = addresses([entry[name]])
             self._keys[k] = entry["noise_key"]
             self._unknown.remove(k)
 
