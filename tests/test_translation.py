@@ -94,7 +94,7 @@ def reports_a_matrix(w: Work) -> Tensor:
 
 
 def reports_a_number(w: Work) -> Tensor:
-    w.report["one"] = 1.0  # type: ignore[assignment]
+    w.report["one"] = 1.0
     return w.g
 
 
@@ -148,7 +148,7 @@ def test_state_has_to_be_declared(backend):
 @each_backend
 def test_kinds_of_state_are_checked(backend):
     with pytest.raises(ValueError, match=r"OneLine keeps 'kept' as 'unsigned'.*signed, positive"):
-        trained(backend, lambda w: w.g, {"kept": "unsigned"})  # type: ignore[dict-item]
+        trained(backend, lambda w: w.g, {"kept": "unsigned"})
 
 
 @each_backend

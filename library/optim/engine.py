@@ -34,8 +34,7 @@ from .arguments import (
 from .batch import Batch, Turn, make_turn
 from .chain import PER_TENSOR, Variant
 from .finite import all_finite
-from .native import build
-from .native import functions as native
+from .native import availability, build
 from .native.run import Look, NativeChain
 from .products import lora_row_norms
 from .roles import Roles, group_names
@@ -324,7 +323,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         """
         if self.backend == "eager":
             return False
-        problem = native.problem()
+        problem = availability.problem()
         if problem and self.backend == "compiled":
             raise build.CompilerError(problem)
         if problem:
@@ -334,7 +333,9 @@ class ChainOptimizer(torch.optim.Optimizer):
     def _look(self, turn: Turn) -> Look | None:
         """Machine code's look at gradients; None where PyTorch's operations run the step."""
         batch = turn.batch
-        if not self._may_compile or not native.fits(batch.variant.device, batch.variant.dtype):
+        if not self._may_compile or not availability.fits(
+            batch.variant.device, batch.variant.dtype
+        ):
             return None
         if batch not in self._native:
             self._native[batch] = NativeChain(self.chain, batch, self.roles.lora_pairs)

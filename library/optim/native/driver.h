@@ -1,6 +1,7 @@
 // Leads tensors through the phases of a chain. What comes before this file in the program is made
-// from the chain itself: look(), begin(), pass() and after(), and how many phases, sums and values it
-// has.
+// from the chain itself: look(), begin(), pass() and after(); how many PHASES, SUMS, LOOKS (sums of the
+// look) and VALUES it has and how many numbers of an element are KEPT; the type of a parameter's
+// Number and the row of the pairs' NORM.
 //
 // A phase runs over a tensor's blocks, sums what a later phase needs, and writes what no later one
 // makes use of.
@@ -12,8 +13,8 @@
 // those, which still wait for work in a loop when an optimizer's step begins.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
 #include <atomic>
+#include <cstdlib>
 #include <memory>
 #include <vector>
 

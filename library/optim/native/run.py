@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,7 +17,7 @@ from ..chain import Variant
 from ..roles import LoRAPair
 from ..techniques.base import Technique
 from . import build
-from .functions import CPU, addresses
+from .availability import CPU
 from .pairs import Order, order_of
 from .program import Program, translate
 
@@ -66,7 +67,7 @@ class NativeChain:
         self._pairs = pairs if any(technique.uses_pair_norm for technique in chain) else ()
         count = len(batch.params)
         self._held = torch.zeros(len(self.program.pointers), count, dtype=torch.int64)
-        self._held[0] = addresses(batch.params)
+        self._held[0] = _addresses(batch.params)
         self._keys = torch.zeros(count, dtype=torch.int32)
         self._unknown = set(range(count))
         self._noise = noise.table(CPU)
@@ -74,7 +75,7 @@ class NativeChain:
     def look(self, turn: Turn) -> Look:
         """Look at the turn's gradients; nothing is changed."""
         count = len(turn.params)
-        grads = addresses(turn.grads)
+        grads = _addresses(turn.grads)
         sums = torch.empty(self.program.looks, count, dtype=torch.float64)
         numel = self._batch.numel[turn.index]
         call = _call(count, numel=numel, grads=grads, looked=sums)
@@ -92,7 +93,7 @@ class NativeChain:
         packed = [param.contiguous() for param in params] if gaps else params
         held = self._held[:, turn.index].clone()
         if gaps:
-            held[0] = addresses(packed)
+            held[0] = _addresses(packed)
         factors = [turn.factors[technique] for technique in self.program.factors]
         report = torch.empty(len(self.program.reports), count, dtype=torch.float64)
         arrays = {
@@ -124,9 +125,25 @@ class NativeChain:
         for k in [k for k in self._unknown if self._batch.entries[k]]:
             entry = self._batch.entries[k]
             for row, name in enumerate(self.program.pointers[1:], 1):
-                self._held[row, k : k + 1] = addresses([entry[name]])
+                self._held[row, k : k + 1] = _addresses([entry[name]])
             self._keys[k] = entry["noise_key"]
             self._unknown.remove(k)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Tensor:
+    """Where each tensor's numbers begin, int64 `[tensors]`.
+
+    Raises:
+        RuntimeError: one has no memory.
+    """
+    where = array("q", map(Tensor.data_ptr, tensors))
+    if 0 in where:
+        shape = tuple(tensors[where.index(0)].shape)
+        raise RuntimeError(
+            f"A parameter, its gradient or its state (of shape {shape}) has no memory: the storage "
+            "was emptied."
+        )
+    return torch.frombuffer(where, dtype=torch.int64)
 
 
 def _call(count: int, **arrays: Tensor) -> _Call:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from . import build
 
@@ -32,19 +29,3 @@ def problem() -> str | None:
 def fits(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is machine code for such tensors: float32 and bfloat16 on the processor."""
     return device == CPU and dtype in TYPES
-
-
-def addresses(tensors: Sequence[Tensor]) -> Tensor:
-    """Where each tensor's numbers begin, int64 `[tensors]`.
-
-    Raises:
-        RuntimeError: one has no memory.
-    """
-    where = array("q", map(Tensor.data_ptr, tensors))
-    if 0 in where:
-        shape = tuple(tensors[where.index(0)].shape)
-        raise RuntimeError(
-            f"A parameter, its gradient or its state (of shape {shape}) has no memory: the storage "
-            "was emptied."
-        )
-    return torch.frombuffer(where, dtype=torch.int64)
