@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
-from library.optim.arguments import (
-    Rule,
-    check_keys,
-    check_values,
-    flag,
-    number,
-    one_of,
-    plain,
-    whole_number,
-)
-from library.optim.engine import ChainOptimizer
+from library.optim.arguments import Rule, flag, number, plain
+from library.optim.hina import HinaOptimizer, update_links
 from library.optim.techniques import (
-    ADOPT,
-    AGR,
-    Adam,
-    Cautious,
     Descent,
     DynamicWeightDecay,
-    Grams,
-    Momentum,
-    OrthogonalGradient,
     PairScale,
     SelectiveProjection,
-    Technique,
-    TorqueAware,
 )
 from library.optim.techniques.spd import Anchor
 
-logger = logging.getLogger(__name__)
+_NO_NAMES = (
+    "The optimizer was given no parameter names: every parameter counts as 'regular', and the "
+    "LoRA/LoKr features (pair scaling, weight decay by role, zero anchors) are off. To turn them "
+    "on pass model.named_parameters(), or a list of names as 'param_names' or 'named' in each "
+    "parameter group, or set a 'param_name' attribute on the tensors."
+)
 
 
-class HinaAdamWOptimizer(ChainOptimizer):
+class HinaAdamWOptimizer(HinaOptimizer):
     """AdamW, and nine techniques that are switched on and off one by one (spec 1 §3).
 
     With every switch off it is `torch.optim.AdamW`. The techniques act in the order of the
@@ -76,28 +63,11 @@ class HinaAdamWOptimizer(ChainOptimizer):
         NonFiniteGradientError: from `step`, naming the tensors; nothing was changed.
     """
 
-    # The arguments that switch a technique on or off.
-    SWITCHES: ClassVar[tuple[str, ...]] = (
-        "use_orthogonal_grad",
-        "use_agr",
-        "use_adopt_stability",
-        "use_tam",
-        "use_grams",
-        "use_cautious",
-        "use_spd",
-        "use_alora",
-        "dynamic_weight_decay",
-    )
+    SWITCHES: ClassVar[tuple[str, ...]] = (*HinaOptimizer.SWITCHES, "use_alora")
     RULES: ClassVar[dict[str, Rule]] = {
-        **ChainOptimizer.RULES,
-        **dict.fromkeys(SWITCHES, flag()),
-        "tam_beta": number(0, 1, open_high=True),
+        **HinaOptimizer.RULES,
+        "use_alora": flag(),
         "alora_ratio": number(0, open_low=True),
-        "wd_transition_steps": whole_number(1),
-        "wd_decay_factor": number(0, 1, open_low=True),
-        "wd_min_ratio": number(0, 1),
-        "spd_lambda": number(0),
-        "spd_anchor": one_of("auto", "zero", "initial"),
     }
 
     def __init__(
@@ -132,49 +102,19 @@ class HinaAdamWOptimizer(ChainOptimizer):
     ) -> None:
         given = {key: plain(value) for key, value in locals().items() if key in self.RULES}
         self.validate(**given)
-        self.switches = {name: given[name] for name in self.SWITCHES}
-        momentum = TorqueAware(given["tam_beta"]) if use_tam else Momentum()
         decay = DynamicWeightDecay(
             given["wd_transition_steps"], given["wd_decay_factor"], given["wd_min_ratio"]
         )
-        links: tuple[tuple[bool, Technique], ...] = (
-            (use_orthogonal_grad, OrthogonalGradient()),
-            (use_agr, AGR()),
-            (True, ADOPT(momentum) if use_adopt_stability else Adam(momentum)),
-            (use_grams, Grams()),
-            (use_cautious, Cautious()),
+        links = [
+            *update_links(given),
             (use_alora, PairScale(given["alora_ratio"])),
             (dynamic_weight_decay, decay),
             (True, Descent()),
             (use_spd, SelectiveProjection(given["spd_lambda"], spd_anchor)),
-        )
-        super().__init__(
-            params,
-            {key: given[key] for key in ("lr", "betas", "eps", "weight_decay")},
-            [technique for on, technique in links if on],
-            optim_bits=given["optim_bits"],
-            min_8bit_size=given["min_8bit_size"],
-            bf16_rounding=bf16_rounding,
-            nonfinite=nonfinite,
-            backend=backend,
-        )
-        if use_grams and use_cautious:
-            logger.info("HinaAdamW: with use_grams on, use_cautious masks nothing.")
-        if use_agr:
-            logger.info("HinaAdamW: use_agr is near identity on large tensors.")
-
-    @classmethod
-    def validate(cls, **kwargs: Any) -> None:
-        """Check arguments without building anything.
-
-        Raises:
-            OptimizerArgumentError: names the key, the value, what is allowed and the nearest key.
-        """
-        check_keys(list(cls.RULES), kwargs, cls.__name__)
-        check_values(cls.RULES, kwargs, cls.__name__)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"switches": self.switches}
+        ]
+        super().__init__(params, given, links)
+        if not self.roles.named:
+            warnings.warn(_NO_NAMES, stacklevel=2)
 
     def get_optimization_info(self) -> dict[str, Any]:
         """Settings and what was found by name. `total_params` and all `…_params` count tensors;
@@ -183,15 +123,7 @@ class HinaAdamWOptimizer(ChainOptimizer):
         return {
             "optimizer_type": type(self).__name__,
             "total_params": len(roles.role),
-            "features": {
-                **self.switches,
-                "optim_bits": self.optim_bits,
-                "min_8bit_size": self.min_8bit_size,
-                "bf16_rounding": self.bf16_rounding,
-                "nonfinite": self.nonfinite,
-                "backend": self.backend,
-                "nonfinite_skipped_steps": self.skipped_steps,
-            },
+            "features": self.features,
             "lora_stats": {
                 "lora_a_params": roles.count("lora_a"),
                 "lora_b_params": roles.count("lora_b"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .state import CODES, QUANTIZABLE, Kind, decode, encode
+from .state import CODES, FIXED, QUANTIZABLE, Kind, decode, encode
 from .techniques.base import Technique, Work
 
 PER_TENSOR = ("numel", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "pair_norm")
@@ -82,9 +82,16 @@ class Slot:
         return f"{self.name}_scale"
 
     @property
+    def high(self) -> str:
+        """Under which name the upper two bits of packed numbers are held."""
+        return f"{self.name}_high"
+
+    @property
     def names(self) -> list[str]:
         """The tensors of a parameter's state that hold it."""
-        return [self.name, self.scale] if self.coded else [self.name]
+        if self.coded:
+            return [self.name, self.scale]
+        return [self.name, self.high] if self.kind == "packed" else [self.name]
 
     def stored(self, variant: Variant) -> torch.dtype:
         """The precision in which it is held."""
@@ -92,7 +99,8 @@ class Slot:
             return CODES[self.kind]
         if self.kind == "initial":
             return variant.dtype
-        return torch.float32 if self.kind == "scalar" else variant.maths
+        own = {"whole": torch.int16, "packed": torch.uint8, "scalar": torch.float64}
+        return own.get(self.kind, variant.maths)
 
 
 def advance(
@@ -108,15 +116,10 @@ def advance(
     """The parameters after the step, what is held of them, and the report.
 
     Args:
-        held: by name; codes with their scales, all else as values.
+        held: by name; codes with their scales, packed numbers in two parts, all else as values.
         per_tensor: by the names of `PER_TENSOR`.
     """
-    state: dict[str, Tensor] = {
-        slot.name: decode(held[slot.name], held[slot.scale], slot.kind)
-        if slot.coded
-        else held[slot.name]
-        for slot in variant.slots
-    }
+    state = {slot.name: _read(slot, held) for slot in variant.slots}
     arguments: dict[str, Any] = dict(per_tensor)
     work = Work(layout=blocks, **arguments, factors=factors, grad=grad, p=p, state=state)
     for technique in chain:
@@ -134,7 +137,7 @@ def advance(
             codes, scale = encode(value, slot.kind, blocks.noise(draws), blocks.largest)
             after |= {slot.name: codes, slot.scale: scale}
             draws += 1
-        elif slot.kind != "initial":
+        elif slot.kind not in FIXED:
             after[slot.name] = value
     new_p = work.new_p
     if variant.stochastic:
@@ -142,3 +145,11 @@ def advance(
     elif variant.dtype == torch.bfloat16:
         new_p = noise.round_to_nearest(new_p)
     return new_p, after, work.report
+
+
+def _read(slot: Slot, held: Mapping[str, Tensor]) -> Tensor:
+    """What techniques see of a slot."""
+    value = held[slot.name]
+    if slot.coded:
+        return decode(value, held[slot.scale], slot.kind)
+    return value + (held[slot.high] << 8) if slot.kind == "packed" else value

@@ -40,6 +40,9 @@ def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
         state["noise_key"] = (
             zlib.crc32(name.encode()) >> 1 if name else optimizer.roles.position[param]
         )
+    for technique in optimizer.chain:
+        if technique.settles(state):
+            technique.settle(state)
     variant = optimizer.variant(param)
     for slot in variant.slots:
         _check_shapes(optimizer, param, state, slot, variant)
@@ -70,8 +73,11 @@ def _forms(
     """Shape and type of the tensors that hold a slot, by name."""
     shape = torch.Size() if slot.kind == "scalar" else param.shape
     forms = {slot.name: (shape, slot.stored(variant))}
+    blocks = -(-param.numel() // BLOCK)
     if slot.coded:
-        forms[slot.scale] = torch.Size([-(-param.numel() // BLOCK)]), torch.float32
+        forms[slot.scale] = torch.Size([blocks]), torch.float32
+    if slot.kind == "packed":
+        forms[slot.high] = torch.Size([blocks, BLOCK // 4]), torch.uint8
     return forms
 
 

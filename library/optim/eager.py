@@ -18,7 +18,7 @@ from .batch import Turn
 from .chain import PER_TENSOR, Variant, advance
 from .layout import BLOCK, Layout, layout_of
 from .native.graph import ChainGraph
-from .state import block_maxima
+from .state import block_maxima, unpack_high
 from .techniques.base import Technique
 
 # Elements that run through the chain together, with a dozen float32 matrices of as many: a megabyte
@@ -91,8 +91,12 @@ def _run_piece(chain: Sequence[Technique], turn: Turn, piece: slice) -> dict[str
             held[slot.name] = layout.gather(kept, torch.int32)
             scales = torch.cat([entry[slot.scale] for entry in entries])
             held[slot.scale] = scales.unsqueeze(1)
+        elif slot.kind == "packed":
+            held[slot.name] = layout.gather(kept, torch.int32)
+            held[slot.high] = unpack_high(torch.cat([entry[slot.high] for entry in entries]))
         else:
-            held[slot.name] = layout.gather(kept, variant.maths)
+            whole = slot.kind == "whole"
+            held[slot.name] = layout.gather(kept, torch.int32 if whole else variant.maths)
     numbers = turn.numbers[:, piece]
     keys = torch.tensor([entry["noise_key"] for entry in entries], dtype=torch.int32)
     seeds = noise.seeds(keys.to(variant.device), numbers[1])

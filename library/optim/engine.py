@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from operator import attrgetter
@@ -36,19 +35,14 @@ from .chain import PER_TENSOR, Variant
 from .finite import all_finite
 from .native import availability, build
 from .native.run import Look, NativeChain
+from .overview import Overview
 from .products import lora_row_norms
 from .roles import Roles, group_names
+from .scratch import ScratchPool
 from .state import KINDS, Kind
 from .techniques.base import TINY, Technique
 
 logger = logging.getLogger(__name__)
-
-_NO_NAMES = (
-    "The optimizer was given no parameter names: every parameter counts as 'regular', and the "
-    "LoRA/LoKr features (pair scaling, weight decay by role, zero anchors) are off. To turn them "
-    "on pass model.named_parameters(), or a list of names as 'param_names' or 'named' in each "
-    "parameter group, or set a 'param_name' attribute on the tensors."
-)
 
 _OWN_NAMES = {"p", "grad", "noise_key", *PER_TENSOR}
 
@@ -116,6 +110,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.backend = backend
         self.skipped_steps = 0
+        self.scratch = ScratchPool()
         self._roles: Roles | None = None
         self._batches: list[Batch] = []
         self._native: dict[Batch, NativeChain] = {}
@@ -123,8 +118,6 @@ class ChainOptimizer(torch.optim.Optimizer):
         self._grouped: list[tuple[int, ...]] = []
         self.last_step: list[StepRecord] = []
         super().__init__(params, defaults)
-        if not self.roles.named:
-            warnings.warn(_NO_NAMES, stacklevel=3)
 
     @property
     def roles(self) -> Roles:
@@ -191,16 +184,18 @@ class ChainOptimizer(torch.optim.Optimizer):
             self.skipped_steps += 1
             return loss
         # Before any parameter moves: a pair's halves may lie in different batches.
+        overview = self.overview()
         prepared = {
             technique: factor
             for technique in self.chain
-            if (factor := technique.prepare(self.roles)) is not None
+            if (factor := technique.prepare(overview)) is not None
         }
         norms = self._pair_norms(looks)
         self.last_step = [
             self._advance(turn, prepared, norms, look)
             for turn, look in zip(turns, looks, strict=True)
         ]
+        self._conclude(turns)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,10 +230,10 @@ class ChainOptimizer(torch.optim.Optimizer):
 
     def kept(self, param: Tensor) -> dict[str, Kind]:
         """What the chain keeps of a parameter, by name."""
-        role = self.roles.role[param]
+        role, entry = self.roles.role[param], self.state.get(param, {})
         kept: dict[str, Kind] = {}
         for link in self.chain:
-            for name, kind in link.state(role).items():
+            for name, kind in link.state(role, entry).items():
                 if kind not in KINDS or kept.get(name, kind) != kind:
                     raise ValueError(
                         f"{type(link).__name__} keeps '{name}' as '{kind}': a kind is one of "
@@ -268,6 +263,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         # PyTorch adds an option of its own optimizers, which no group here has.
         self.defaults = {key: self.defaults[key] for key in self.defaults if key in self.RULES}
+        self.scratch = ScratchPool()
         self._forget()
 
     def _forget(self) -> None:
@@ -356,6 +352,26 @@ class ChainOptimizer(torch.optim.Optimizer):
             norms[roles.lora_positions[rest]] = found.unsqueeze(1)
         return norms
 
+    def overview(self) -> Overview:
+        """All parameters with their state, as they are now."""
+        entries = [self.state.get(param, {}) for param in self.roles.position]
+        return Overview(self.roles, entries, self.scratch)
+
+    def _conclude(self, turns: Sequence[Turn]) -> None:
+        """Tell techniques that compare parameters what this step has shown of all of them."""
+        ending = [link for link in self.chain if type(link).conclude is not Technique.conclude]
+        if not ending or not turns:
+            return
+        reported: dict[str, Tensor] = {}
+        for turn, record in zip(turns, self.last_step, strict=True):
+            positions = turn.batch.position_index[turn.index]
+            for name, values in record.values.items():
+                whole = torch.full((len(self.roles.role),), math.nan, dtype=torch.float64)
+                reported.setdefault(name, whole)[positions] = values.cpu().double()
+        overview = replace(self.overview(), reported=reported)
+        for technique in ending:
+            technique.conclude(overview)
+
     def variant(self, param: Tensor) -> Variant:
         """What decides with which others a parameter runs."""
         low = param.dtype in (torch.bfloat16, torch.float16)
@@ -374,22 +390,33 @@ class ChainOptimizer(torch.optim.Optimizer):
         if grouped != self._grouped:
             self._forget()
             self._grouped = grouped
-        if self._batches and seen == self._seen and all(b.is_as_before() for b in self._batches):
+        as_before = seen == self._seen and all(batch.is_as_before() for batch in self._batches)
+        if self._batches and as_before and not self._settles():
             return self._batches
         batches: dict[Variant, Batch] = {}
         position = 0
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 if param.numel():
-                    variant = self.variant(param)
-                    batch = batches.setdefault(variant, Batch(variant))
                     entry = self.state.get(param, {})
                     if entry:
                         checkpoint.complete(self, param)
+                    variant = self.variant(param)
+                    batch = batches.setdefault(variant, Batch(variant))
                     batch.add(param, self.roles.role[param], index, position, entry)
                 position += 1
         self._batches, self._native, self._seen = list(batches.values()), {}, seen
         return self._batches
+
+    def _settles(self) -> bool:
+        """Whether a parameter's state is to take another form now."""
+        settling = [link for link in self.chain if type(link).settles is not Technique.settles]
+        return any(
+            link.settles(entry)
+            for link in settling
+            for batch in self._batches
+            for entry in batch.entries
+        )
 
     def _advance(
         self,

@@ -112,9 +112,9 @@ _FAMILY = {
     "HinaAdamW": OptimizerSpec("HinaAdamW", _HINA, "HinaAdamWOptimizer"),
     "HinaAdamWOptimizer": OptimizerSpec("HinaAdamW", _HINA, "HinaAdamWOptimizer"),
     "CustomAdamW": OptimizerSpec("HinaAdamW", _HINA, "HinaAdamWOptimizer"),
+    "AdaptiveHinaAdamW": OptimizerSpec("AdaptiveHinaAdamW", _ADAPTIVE, "AdaptiveHinaAdamW"),
 }
 _NOT_BUILT = (
-    "AdaptiveHinaAdamW",
     "Automagic_CameAMP",
     "Automagic_CameAMP8bit",
     "Automagic_CameAMP_8bit",
@@ -124,7 +124,7 @@ _NOT_BUILT = (
     "Automagic_CameAMP_Improved_8Bit",
     "RefactoredAutomagicCameAMP",
 )
-_NOT_BUILT_MODULES = (_ADAPTIVE, _CAMEAMP, _REFACTORED, "automagic_cameamp_refactored")
+_NOT_BUILT_MODULES = (_CAMEAMP, _REFACTORED, "automagic_cameamp_refactored")
 
 _NESTEROV: dict[str, Any] = {"fixed": {"nesterov": True}, "presets": {"momentum": 0.9}}
 _PREPRINT = "dadaptation.experimental"
@@ -198,8 +198,8 @@ def resolve(optimizer_type: str) -> OptimizerSpec:
     module, _, attribute = wanted.rpartition(".")
     if module in _NOT_BUILT_MODULES or wanted.lower() in map(str.lower, _NOT_BUILT):
         raise NotBuiltYetError(
-            f"Optimizer {wanted} is not built yet in this version. Of its family there is "
-            "HinaAdamW so far."
+            f"Optimizer {wanted} is not built yet in this version. Of its family there are "
+            "HinaAdamW and AdaptiveHinaAdamW so far."
         )
     if module:
         return OptimizerSpec(wanted, module, attribute)

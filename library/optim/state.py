@@ -28,13 +28,16 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Kind = Literal["signed", "positive", "scalar", "initial"]
+Kind = Literal["signed", "positive", "whole", "packed", "scalar", "initial"]
 """What a technique keeps of a parameter: a signed or a positive value for each element (these may
-be held in 8 bits), one float32 for the tensor, or the parameter's own initial value."""
+be held in 8 bits), a whole number for each element in 16 bits or packed into ten, one float64 for
+the tensor, or the parameter's own initial value."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 QUANTIZABLE: tuple[Kind, ...] = ("signed", "positive")
 CODES: dict[Kind, torch.dtype] = {"signed": torch.int8, "positive": torch.uint8}
+FIXED: tuple[Kind, ...] = ("packed", "initial")
+"""Kinds that a step reads and never writes."""
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -98,6 +101,26 @@ def encode(
     if kind == "signed":
         return torch.where(x < 0, -steps, steps), scale
     return steps.clamp_min(1), scale
+
+
+def pack_high(values: Tensor) -> Tensor:
+    """Bits 8 and 9 of whole numbers below 1024, four numbers to a byte.
+
+    Args:
+        values: int32 `[blocks, 256]`.
+
+    Returns:
+        uint8 `[blocks, 64]`; byte k has those of the elements k, 64 + k, 128 + k and 192 + k.
+    """
+    quarters = (values >> 8).view(-1, 4, 64)
+    shifts = torch.arange(0, 8, 2, device=values.device).view(4, 1)
+    return (quarters << shifts).sum(1).to(torch.uint8)
+
+
+def unpack_high(high: Tensor) -> Tensor:
+    """What `pack_high` was given, without the lower eight bits: int32 `[blocks, 256]`, 0 to 3."""
+    shifts = torch.arange(0, 8, 2, device=high.device, dtype=torch.int32).view(4, 1)
+    return ((high.to(torch.int32).unsqueeze(1) >> shifts) & 3).view(-1, 256)
 
 
 def decode(codes: Tensor, scale: Tensor, kind: Kind) -> Tensor:

@@ -34,6 +34,8 @@ _OPERATIONS = {
     "sign": "sign_of({0})",
     "copysign": "with_sign({0}, {1})",
     "exp": "exponential({0})",
+    "floor": "round_down({0})",
+    "ceil": "round_up({0})",
     "pow": "power({0}, {1})",
     "maximum": "larger({0}, {1})",
     "minimum": "smaller({0}, {1})",

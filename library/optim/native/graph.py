@@ -191,9 +191,12 @@ class ChainGraph:
         held = {}
         for slot in self.variant.slots:
             level = Level.TENSOR if slot.kind == "scalar" else Level.ELEMENT
-            held[slot.name] = self.given(slot.name, level, "int" if slot.coded else "real")
+            whole = slot.coded or slot.kind in ("whole", "packed")
+            held[slot.name] = self.given(slot.name, level, "int" if whole else "real")
             if slot.coded:
                 held[slot.scale] = self.given(slot.scale, Level.BLOCK)
+            if slot.kind == "packed":
+                held[slot.high] = self.given(slot.high, Level.ELEMENT, "int")
         try:
             results: Any = advance(
                 chain, self.variant, held, p, grad, per_tensor, _Factors(self), self

@@ -70,6 +70,15 @@ static inline X sign_of(X x) {
   return x > 0 ? one : (x < 0 ? -one : zero);
 }
 
+static inline double round_down(double x) { return std::floor(x); }
+static inline float round_down(float x) { return std::floor(x); }
+static inline V round_down(V x) {
+  for (int l = 0; l < LANES; ++l) x[l] = std::floor(x[l]);
+  return x;
+}
+template <class X>
+static inline X round_up(X x) { return -round_down(-x); }
+
 static inline V with_sign(V x, V of) {
   return as<V>((as<I>(x) & 0x7fffffff) | (as<I>(of) & (int32_t)0x80000000));
 }
@@ -127,6 +136,9 @@ static inline I load(const uint8_t* at) {
 static inline I load(const uint16_t* at) {
   return (I)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
 }
+static inline I load(const int16_t* at) {
+  return (I)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)at));
+}
 static inline void store_bytes(void* at, I x) {
   _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8((__m512i)x));
 }
@@ -147,11 +159,17 @@ static inline void narrow(Number* at, I x) {
 static inline I load(const int8_t* at) { return widen(at); }
 static inline I load(const uint8_t* at) { return widen(at); }
 static inline I load(const uint16_t* at) { return widen(at); }
+static inline I load(const int16_t* at) { return widen(at); }
 static inline void store_bytes(void* at, I x) { narrow((uint8_t*)at, x & 0xff); }
 static inline void store_halves(void* at, I x) { narrow((uint16_t*)at, x & 0xffff); }
 #endif
 static inline void store(int8_t* at, I x) { store_bytes(at, x); }
 static inline void store(uint8_t* at, I x) { store_bytes(at, x); }
+static inline void store(int16_t* at, I x) { store_halves(at, x); }
+// Two bits of each element of a block, four elements to a byte: as in state.py.
+static inline I load_quarter(const uint8_t* at, int j) {
+  return (load(at + j % (BLOCK / 4)) >> (j / (BLOCK / 4) * 2)) & 3;
+}
 static inline V load(const bfloat* at) { return as<V>(load(&at->bits) << 16); }
 // What is stored as bfloat16 was rounded to it: the lower half of the bits is nothing.
 static inline void store(bfloat* at, V x) { store_halves(at, as<I>(x) >> 16); }

@@ -14,8 +14,10 @@ from .expressions import Expressions
 from .graph import ChainGraph, Level, block_max, draw, only
 
 _TYPES = {
+    torch.float64: "double",
     torch.float32: "float",
     torch.bfloat16: "bfloat",
+    torch.int16: "int16_t",
     torch.int8: "int8_t",
     torch.uint8: "uint8_t",
 }
@@ -26,14 +28,18 @@ class Memory:
 
     Attributes:
         pointers: what it needs of each parameter beside the gradient, by name.
+        quarters: those that hold two bits of each element, four elements to a byte.
     """
 
     def __init__(self, variant: Variant) -> None:
         self._dtypes = {"p": variant.dtype}
+        self.quarters = {slot.high for slot in variant.slots if slot.kind == "packed"}
         for slot in variant.slots:
             self._dtypes[slot.name] = slot.stored(variant)
             if slot.coded:
                 self._dtypes[slot.scale] = torch.float32
+            if slot.kind == "packed":
+                self._dtypes[slot.high] = torch.uint8
         self.pointers = tuple(self._dtypes)
         self._dtypes["grad"] = variant.dtype
 
@@ -191,6 +197,9 @@ class Pass:
         written = self.tensors_written()
         for name in dict.fromkeys([*self.tensors_read(), *written]):
             kind = self.memory.type(name)
+            if name in self.memory.quarters:
+                lines.append(f"auto {name}_at = {self.memory.address(name)} + at / 4;")
+                continue
             lines += [
                 f"auto {name}_at = {self.memory.address(name)} + at;",
                 f"{kind} {name}_end[BLOCK];",
@@ -295,7 +304,8 @@ class Pass:
 
     def load(self, node: fx.Node, handed: list[fx.Node]) -> str:
         if node.op == "placeholder":
-            return f"load({node.name}_at + j)"
+            quarter = node.name in self.memory.quarters
+            return f"load_quarter({node.name}_at, j)" if quarter else f"load({node.name}_at + j)"
         if node.target is draw:
             return f"load(d{self.number[node]} + j)"
         if node in handed:

@@ -120,7 +120,7 @@ class _Writer:
 
     def write_numbers(self) -> list[str]:
         lines = [
-            f"  *{self.memory.address(name)} = (float)t[{self.number[node]}];"
+            f"  *{self.memory.address(name)} = t[{self.number[node]}];"
             for name, node in self.graph.outputs.items()
             if self.values[node].level == Level.TENSOR
         ]

@@ -6,7 +6,10 @@ from .alora import PairScale
 from .base import Technique, Work
 from .cautious import Cautious
 from .grams import Grams
+from .importance import Importance
+from .lr_mask import LRMask
 from .orthograd import OrthogonalGradient
+from .relations import Relations
 from .spd import SelectiveProjection
 from .tam import Momentum, TorqueAware
 from .weight_decay import Descent, DynamicWeightDecay
@@ -19,9 +22,12 @@ __all__ = [
     "Descent",
     "DynamicWeightDecay",
     "Grams",
+    "Importance",
+    "LRMask",
     "Momentum",
     "OrthogonalGradient",
     "PairScale",
+    "Relations",
     "SelectiveProjection",
     "Technique",
     "TorqueAware",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ..state import Kind
@@ -22,7 +25,7 @@ class Adam(Technique):
     def __init__(self, momentum: Momentum) -> None:
         self.momentum = momentum
 
-    def state(self, role: str) -> dict[str, Kind]:
+    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
         return {"exp_avg": "signed", "exp_avg_sq": "positive", **self.momentum.state()}
 
     def apply(self, work: Work) -> None:
@@ -53,7 +56,7 @@ class ADOPT(Technique):
     def __init__(self, momentum: Momentum) -> None:
         self.momentum = momentum
 
-    def state(self, role: str) -> dict[str, Kind]:
+    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
         return {"exp_avg": "signed", "exp_avg_sq": "positive", **self.momentum.state()}
 
     def apply(self, work: Work) -> None:

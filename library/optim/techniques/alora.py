@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..products import lokr_norms
-from ..roles import Roles
+from ..overview import Overview
 from .base import Technique, Work
 
 _LOKR_NORM = 0.3
@@ -32,7 +32,8 @@ class PairScale(Technique):
 
     uses_pair_norm = True
 
-    def prepare(self, roles: Roles) -> Tensor | None:
+    def prepare(self, overview: Overview) -> Tensor | None:
+        roles = overview.roles
         if not roles.lora_pairs and not roles.lokr_pairs:
             return None
         factors = torch.ones(len(roles.role), dtype=torch.float64)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ..roles import Roles
+from ..overview import Overview
 from ..state import Kind
 
 TINY = torch.finfo(torch.float32).tiny
@@ -50,6 +50,8 @@ class Work:
         p: the parameters before the step.
         u: the update's direction.
         pace: per tensor, the factor on lr.
+        inner_pace: per tensor, the mean of the factors on lr that differ by element and are
+            multiplied into u.
         length: per tensor, a factor on u that is not multiplied into it, because it needs a sum
             that u itself does not.
         decay, rate: per tensor, once `Descent` has run: the step is decay·p − rate·u.
@@ -75,6 +77,7 @@ class Work:
     u: Tensor = field(init=False)
     new_p: Tensor = field(init=False)
     pace: Tensor | float = 1.0
+    inner_pace: Tensor | float = 1.0
     length: Tensor | float = 1.0
     decay: Tensor | float = 1.0
     rate: Tensor | float = 0.0
@@ -101,20 +104,35 @@ class Technique:
 
     A technique holds its hyper-parameters and nothing else: what it must remember it declares in
     `state` and finds in `Work.state`. What it needs beyond elements and sums it computes before the
-    step, in `prepare` or `schedule`, as one factor for each tensor.
+    step, in `prepare` or `schedule`, as one factor for each tensor; what it learns of all tensors
+    in a step it notes behind it, in `conclude`.
     """
 
     uses_pair_norm: ClassVar[bool] = False
 
-    def state(self, role: str) -> dict[str, Kind]:
+    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
         """What is kept of a parameter with this role, by name. Everything starts at zero, but for
-        the kind `initial`, which is the parameter's value at its first step."""
+        the kind `initial`, which is the parameter's value at its first step.
+
+        Args:
+            entry: the parameter's state as it is now, after `settle`.
+        """
         return {}
 
-    def prepare(self, roles: Roles) -> Tensor | None:
-        """A factor for this step from whole matrices: float64 `[parameters]` in the order of the
-        optimizer's parameters (`roles.position`), or None for one that is 1 for all."""
+    def settles(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a parameter's state is to take another form before the next step."""
+        return False
+
+    def settle(self, entry: dict[str, Any]) -> None:
+        """Give it that form, in place."""
+
+    def prepare(self, overview: Overview) -> Tensor | None:
+        """A factor for this step from whole matrices or from all parameters: float64
+        `[parameters]` in the order of the overview, or None for one that is 1 for all."""
         return None
+
+    def conclude(self, overview: Overview) -> None:
+        """Note what this step has shown of all parameters, as numbers of the overview."""
 
     def schedule(self, family: str, step: int) -> float:
         """A factor for this step by family (`lora`, `lokr`, `other`), where there is no other."""

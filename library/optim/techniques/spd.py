@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
@@ -44,7 +45,7 @@ class SelectiveProjection(Technique):
         self.strength = strength
         self.anchor: Anchor = anchor
 
-    def state(self, role: str) -> dict[str, Kind]:
+    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
         return {"spd_anchor": "initial"} if anchor_for(role, self.anchor) == "initial" else {}
 
     def apply(self, work: Work) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from .base import Technique, Work
 
 
@@ -15,14 +17,24 @@ class DynamicWeightDecay(Technique):
         transition_steps: T.
         factor: f.
         min_ratio: μ.
+        others: the family by whose rule all others go; None leaves them as they are.
     """
 
-    def __init__(self, transition_steps: int, factor: float, min_ratio: float) -> None:
+    def __init__(
+        self,
+        transition_steps: int,
+        factor: float,
+        min_ratio: float,
+        others: Literal["lora", "lokr"] | None = None,
+    ) -> None:
         self.transition_steps = transition_steps
         self.factor = factor
         self.min_ratio = min_ratio
+        self.others = others
 
     def schedule(self, family: str, step: int) -> float:
+        if family == "other" and self.others is not None:
+            family = self.others
         if family == "other" or step <= self.transition_steps:
             return 1.0
         q = (step - self.transition_steps) / self.transition_steps
@@ -45,5 +57,5 @@ class Descent(Technique):
         work.rate = effective_lr * work.length
         work.decay = 1 - work.lr * work.weight_decay
         work.new_p = work.spread(work.decay) * work.p - work.spread(work.rate) * work.u
-        work.report["effective_lr"] = effective_lr
+        work.report["effective_lr"] = effective_lr * work.inner_pace
         work.report["weight_decay"] = work.weight_decay

@@ -1,0 +1,176 @@
+"""A learning rate for each element, moved by the signs of its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import BLOCK, layout_of
+from ..state import Kind, pack_high, unpack_high
+from .base import TINY, Technique, Work
+
+LEAST, MOST = 0.001, 10.0
+"""The limits of the factor on lr of mask and adaptation together (spec 1 §4)."""
+
+_AFTERWARDS = 0.1  # a frozen mask falls with the scheduler to this share of itself
+_ROUNDING = 1e-6  # bumps; a limit that is a whole number of bumps away must not become one more
+_SIGN_BITS = 2
+_PACKED = 1024
+
+
+class LRMask(Technique):
+    """While t < `warmup_steps`: mask ← clamp(mask ± bump), + where the gradient keeps its sign and −
+    where it flips; where the scheduler raises lr above all it was before, the mask rises by as
+    much. From t = `warmup_steps` on it is frozen and falls with lr: mask·max(lr/(highest lr), 0.1).
+    u ← u·clamp(mask/lr·pace, 0.001, 10), element by element, where lr is the scheduler's.
+
+    The mask starts at lr and moves in whole bumps, so that it is held exactly by one whole number k
+    for each element: mask = clamp(L + k·bump, low, high), L being the highest lr so far. k ends
+    where the mask first reaches a limit: it does not run on behind it, and one step in the other
+    direction is seen at once. (Where L is not a whole number of bumps from the limit, that step is
+    shorter than a bump.) An element whose gradient is zero keeps mask and sign.
+
+    16 bits hold k and the last sign; frozen, ten bits hold k where a tensor's masks are less than
+    1024 bumps apart, else 16.
+
+    Source: spec 1 §4. Signs as a reason to change an element's step are as old as Riedmiller and
+    Braun, RPROP, 1993; bumps, limits and the end of the warm-up are those of the Automagic
+    optimizers.
+
+    Args:
+        bump: the `lr_bump` of the optimizer.
+        low, high: `min_lr` and `max_lr`.
+        warmup_steps: from this step of a parameter on its mask is frozen.
+    """
+
+    MOST_BUMPS: ClassVar[int] = (1 << (15 - _SIGN_BITS)) - 1  # what a sign leaves of 16 bits
+
+    def __init__(self, bump: float, low: float, high: float, warmup_steps: int) -> None:
+        self.bump = bump
+        self.low = low
+        self.high = high
+        self.warmup_steps = warmup_steps
+
+    @property
+    def fits(self) -> bool:
+        """Whether 16 bits are enough for as far as a mask can move."""
+        bumps = min((self.high - self.low) / self.bump, self.warmup_steps + self.low / self.bump)
+        return bumps + 2 <= self.MOST_BUMPS
+
+    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
+        if "lr_mask" in entry:
+            packed: Kind = "packed" if entry["lr_mask"].dtype == torch.uint8 else "whole"
+            own: dict[str, Kind] = {"lr_mask": packed, "lr_mask_base": "scalar"}
+            return {**own, "lr_mask_least": "scalar", "lr_top": "scalar"}
+        return {"lr_walk": "whole", "lr_top": "scalar"}
+
+    def settles(self, entry: Mapping[str, Any]) -> bool:
+        # In its first step no mask moves: there is no sign to compare with.
+        return "lr_walk" in entry and bool(entry["step"] >= max(self.warmup_steps - 1, 1))
+
+    def settle(self, entry: dict[str, Any]) -> None:
+        """Freeze the mask: signs are dropped, and k is packed where it fits."""
+        top = entry["lr_top"]
+        walked = (entry.pop("lr_walk") >> _SIGN_BITS).to(torch.int32)
+        least = walked.min()
+        code = walked - least
+        if int(code.max()) < _PACKED:
+            layout = layout_of((code.numel(),), code.device)
+            matrix = layout.gather([code], torch.int32)
+            entry["lr_mask"] = (code & 255).to(torch.uint8)
+            entry["lr_mask_high"] = pack_high(matrix)
+        else:
+            entry["lr_mask"] = code.to(torch.int16)
+        entry["lr_mask_base"] = top.clone()
+        entry["lr_mask_least"] = least.double() + self._reach(top).offset
+
+    def apply(self, work: Work) -> None:
+        top = torch.maximum(work.state["lr_top"], work.lr)
+        frozen = "lr_mask" in work.state
+        code, mask = self._frozen(work) if frozen else self._walk(work, top)
+        work.state["lr_top"] = top
+        gain = work.pace / work.lr.clamp_min(TINY)
+        if frozen:
+            gain = gain * (work.lr / top.clamp_min(TINY)).clamp_min(_AFTERWARDS)
+        base, empty = mask
+        factor = self._limited(code, work.spread(base), work.spread(gain))
+        work.u = work.u * factor
+        work.pace = 1.0
+        # A sum has the zeros behind a tensor's end in it.
+        behind = BLOCK * (work.numel / BLOCK).ceil() - work.numel
+        total = work.sum(factor) - behind * self._limited(empty, base, gain)
+        work.inner_pace = total / work.numel
+        work.report["lr_mask/factor"] = work.inner_pace
+
+    def _limited(self, bumps: Tensor, base: Tensor, gain: Tensor) -> Tensor:
+        mask = (base + bumps * self.bump).clamp(self.low, self.high)
+        return (mask * gain).clamp(LEAST, MOST)
+
+    def _frozen(self, work: Work) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        base = work.state["lr_mask_base"] + work.state["lr_mask_least"] * self.bump
+        return work.state["lr_mask"].to(torch.float32), (base, 0.0 * base)
+
+    def _walk(self, work: Work, top: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Move k by this step's signs; k, what it counts from, and k behind a tensor's end."""
+        walk = work.state["lr_walk"]
+        reach = self._reach(top)
+        # What k counts from may have moved with the highest lr.
+        moved = self._reach(work.state["lr_top"]).offset - reach.offset
+        moved = torch.where(work.step > 1, moved, 0.0)
+        last = ((walk << 30) >> 30).to(torch.float32)
+        sign = work.grad.sign()
+        k = (walk >> _SIGN_BITS).to(torch.float32) + last * sign + work.spread(moved)
+        k = torch.maximum(torch.minimum(k, work.spread(reach.highest)), work.spread(reach.lowest))
+        kept = torch.where(sign == 0, last, sign).to(torch.int32)
+        work.state["lr_walk"] = (k.to(torch.int32) << _SIGN_BITS) | (kept & 3)
+        empty = torch.maximum(torch.minimum(moved, reach.highest), reach.lowest)
+        return k, (top + reach.offset * self.bump, empty)
+
+    def _reach(self, top: Tensor) -> _Reach:
+        lowest = ((self.low - top) / self.bump + _ROUNDING).floor()
+        highest = ((self.high - top) / self.bump - _ROUNDING).ceil()
+        offset = torch.maximum(lowest, highest.clamp_max(0.0))
+        return _Reach(offset, lowest - offset, highest - offset)
+
+    def masks(self, entry: Mapping[str, Any]) -> Tensor | None:
+        """The mask of each element, float64, not yet scaled down with the scheduler; None for a
+        parameter without a step."""
+        if "lr_mask" in entry:
+            code = entry["lr_mask"].to(torch.int32)
+            if "lr_mask_high" in entry:
+                layout = layout_of((code.numel(),), code.device)
+                (high,) = layout.split(unpack_high(entry["lr_mask_high"]), [code.shape])
+                code = code + (high << 8)
+            bumps, base = code + entry["lr_mask_least"], entry["lr_mask_base"]
+        elif "lr_walk" in entry:
+            base = entry["lr_top"]
+            bumps = (entry["lr_walk"] >> _SIGN_BITS) + self._reach(base).offset
+        else:
+            return None
+        return (base + bumps.double() * self.bump).clamp(self.low, self.high)
+
+    def factors(self, entry: Mapping[str, Any], lr: float) -> Tensor | None:
+        """What lr is multiplied with for each element at this learning rate, adaptation aside."""
+        mask = self.masks(entry)
+        if mask is None:
+            return None
+        if "lr_mask" in entry:
+            top = max(float(entry["lr_top"]), lr, TINY)
+            mask = mask * max(lr / top, _AFTERWARDS)
+        return (mask / max(lr, TINY)).clamp(LEAST, MOST)
+
+
+class _Reach(NamedTuple):
+    """Where k may be: it counts from `offset` bumps above the highest lr, which is 0 unless that lr
+    itself lies outside of the limits.
+
+    Args:
+        lowest, highest: from there, where the mask first reaches a limit.
+    """
+
+    offset: Tensor
+    lowest: Tensor
+    highest: Tensor
