@@ -98,17 +98,34 @@ def _tell_peak_memory(key: str, workload: Workload) -> dict[str, Any]:
     for _ in range(3):
         runner.step_on_same_gradients()
     held = _settled()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
-    runner.step_on_same_gradients()
-    peak = _resident("VmHWM")
+    with Peak() as peak:
+        runner.step_on_same_gradients()
     gradients = 4 * workload.parameters
     return {
         "gradients_mb": gradients / 2**20,
         "held_mb": (held - before) / 2**20,
         "held_of_gradients": (held - before) / gradients,
-        "peak_mb": (peak - held) / 2**20,
-        "peak_of_gradients": (peak - held) / gradients,
+        "peak_mb": peak.mebibytes,
+        "peak_of_gradients": peak.mebibytes * 2**20 / gradients,
     }
+
+
+class Peak:
+    """What a piece of code takes of memory at its peak, beyond what was held before (Linux only).
+
+    Attributes:
+        mebibytes: known behind the `with` block.
+    """
+
+    mebibytes = 0.0
+
+    def __enter__(self) -> Peak:
+        self._before = _settled()
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.mebibytes = (_resident("VmHWM") - self._before) / 2**20
 
 
 def _settled() -> int:

@@ -11,7 +11,7 @@ its rows, and partners are those whose traces agree.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,8 +26,9 @@ PRODUCTS = ("P·Q", "Q·P", "P·Qᵀ", "Pᵀ·Q")
 _SHAPE, _LIKENESS = 0.7, 0.3  # how much each counts for compatibility
 _WHOLE = 32  # rows or columns up to which the whole trace is taken, and behind it the diagonal
 _FARTHEST = 0.02  # from which distance on traces are not of one product, however unlikely chance is
+_FEW = 64  # entries of a trace
 _CHANCE = 0.01  # that any of the others comes as near as is still taken for one
-_SAMPLE = 1024  # entries from which the correlation of two matrices is guessed
+_SAMPLE = 512  # entries from which the correlation of two matrices is guessed
 _CORRELATED = 0.8
 _ROWS = 256  # traces that are compared with all others at once
 _PIECE = 1 << 20  # elements multiplied at once: 4 MB
@@ -69,37 +70,42 @@ def discover(
 ) -> dict[int, Relation]:
     """The partner of each matrix that has one.
 
-    The likeness of two matrices is how nearly their traces agree, or the correlation of their
-    entries over the common length, whichever is larger; chance is no likeness: traces count where
-    among all candidates one as near is not to be expected, a correlation from 0.8 on. Matrices
-    without any have no partner, however well their shapes fit: in an adapter hundreds of others
-    fit as well.
+    Partners are who names say so; among the rest, those whose traces agree, short ones (of up to 32
+    rows or columns) before long ones; among the rest of these, those whose entries are correlated
+    over the common length. How nearly two agree is their likeness, and chance is none: traces
+    count where one as near is not to be expected among all candidates, a correlation from 0.8 on.
+    Matrices without any likeness are no partners, however well their shapes fit: in an adapter
+    hundreds of others fit as well.
 
     Args:
         matrices, gradients: `[rows, columns]`, each pair of one shape.
         known: (left, right) of products that names have told; these are partners of likeness 1.
         threshold: the least compatibility.
+        pool: scratch memory.
     """
-    best: dict[int, Relation] = {}
     shapes = [(m.shape[0], m.shape[1]) for m in matrices]
+    related: dict[int, Relation] = {}
 
-    def offer(one: int, other: int, product: int, likeness: float) -> None:
-        fitting = len(fitting_products(shapes[one], shapes[other]))
-        worth = compatibility(fitting, likeness)
-        if worth > threshold and (one not in best or worth > best[one].compatibility):
-            best[one] = Relation(other, product, worth)
+    def take(matches: Iterable[_Match]) -> None:
+        """Of several partners the most compatible one."""
+        found: dict[int, Relation] = {}
+        for one, other, product, likeness in matches:
+            fitting = len(fitting_products(shapes[one], shapes[other]))
+            worth = compatibility(fitting, likeness)
+            if worth > threshold and (one not in found or worth > found[one].compatibility):
+                found[one] = Relation(other, product, worth)
+        related.update(found)
 
-    for one, other, product, likeness in _alike_traces(matrices, gradients, pool):
-        offer(one, other, product, likeness)
-    for one, other, likeness in _alike_entries(matrices):
-        for product in fitting_products(shapes[one], shapes[other])[:1]:
-            offer(one, other, product, likeness)
+    def rest() -> list[int]:
+        return [index for index in range(len(matrices)) if index not in related]
+
     for left, right in known:
-        best.pop(left, None)
-        best.pop(right, None)
-        offer(left, right, PRODUCTS.index("P·Q"), 1.0)
-        offer(right, left, PRODUCTS.index("Q·P"), 1.0)
-    return best
+        take([_Match(left, right, PRODUCTS.index("P·Q"), 1.0)])
+        take([_Match(right, left, PRODUCTS.index("Q·P"), 1.0)])
+    take(_alike_traces({k: _whole_traces(matrices[k], gradients[k]) for k in rest()}))
+    take(_alike_traces({k: _diagonals(matrices[k], gradients[k], pool) for k in rest()}))
+    take(_alike_entries({k: matrices[k] for k in rest()}))
+    return related
 
 
 class _Match(NamedTuple):
@@ -110,110 +116,134 @@ class _Match(NamedTuple):
 
 
 class _Traces(NamedTuple):
-    """The traces of one length: those of rows, those of columns, and of which matrices they are."""
+    """dP·Pᵀ for the rows and Pᵀ·dP for the columns, as vectors on the processor; None for one that
+    is not taken."""
 
-    rows: list[tuple[int, Tensor]]
-    columns: list[tuple[int, Tensor]]
-
-
-def _alike_traces(
-    matrices: Sequence[Tensor], gradients: Sequence[Tensor], pool: ScratchPool
-) -> list[_Match]:
-    by_length: dict[int, _Traces] = defaultdict(lambda: _Traces([], []))
-    for index, (matrix, gradient) in enumerate(zip(matrices, gradients, strict=True)):
-        rows, columns = _traces(matrix.float(), gradient.float(), pool)
-        by_length[matrix.shape[0]].rows.append((index, rows))
-        by_length[matrix.shape[1]].columns.append((index, columns))
-    matches: list[_Match] = []
-    for length, traces in by_length.items():
-        rows, columns = traces
-        matches += _compare(columns, rows, length, PRODUCTS.index("P·Q"), turned=False)
-        matches += _compare(rows, columns, length, PRODUCTS.index("Q·P"), turned=False)
-        matches += _compare(columns, columns, length, PRODUCTS.index("P·Qᵀ"), turned=True)
-        matches += _compare(rows, rows, length, PRODUCTS.index("Pᵀ·Q"), turned=True)
-    return matches
+    rows: Tensor | None
+    columns: Tensor | None
 
 
-def _traces(matrix: Tensor, gradient: Tensor, pool: ScratchPool) -> tuple[Tensor, Tensor]:
-    """dP·Pᵀ and Pᵀ·dP as float64 vectors; of large ones the diagonals."""
-    small_rows, small_columns = (size <= _WHOLE for size in matrix.shape)
-    rows = (gradient @ matrix.mT).flatten() if small_rows else matrix.new_empty(len(matrix))
-    columns = (matrix.mT @ gradient).flatten() if small_columns else None
-    if small_rows and small_columns:
-        return rows.double().cpu(), columns.double().cpu()
-    along = matrix.new_zeros(matrix.shape[1])
+def _whole_traces(matrix: Tensor, gradient: Tensor) -> _Traces:
+    """The traces of few rows or few columns."""
+    p, g = matrix.float(), gradient.float()
+    few_rows, few_columns = (size <= _WHOLE for size in p.shape)
+    return _Traces(
+        (g @ p.mT).cpu() if few_rows else None, (p.mT @ g).cpu() if few_columns else None
+    )
+
+
+def _diagonals(matrix: Tensor, gradient: Tensor, pool: ScratchPool) -> _Traces:
+    """The diagonals of the traces of many rows or many columns."""
+    many_rows, many_columns = (size > _WHOLE for size in matrix.shape)
+    rows = matrix.new_empty(matrix.shape[0], dtype=torch.float32)
+    columns = matrix.new_zeros(matrix.shape[1], dtype=torch.float32)
     step = max(1, _PIECE // matrix.shape[1])
-    for start in range(0, len(matrix), step):
-        piece = slice(start, start + step)
-        with pool.take(matrix[piece].shape, matrix.device) as product:
-            torch.mul(matrix[piece], gradient[piece], out=product)
-            if not small_rows:
-                rows[piece] = product.sum(1)
-            along += product.sum(0)
-    return rows.double().cpu(), (along if columns is None else columns).double().cpu()
+    for start in range(0, len(matrix) if many_rows or many_columns else 0, step):
+        p, g = matrix[start : start + step].float(), gradient[start : start + step].float()
+        with pool.take(p.shape, p.device) as product:
+            torch.mul(p, g, out=product)
+            torch.sum(product, 1, out=rows[start : start + step])
+            columns += product.sum(0)
+    return _Traces(rows.cpu() if many_rows else None, columns.cpu() if many_columns else None)
+
+
+def _alike_traces(traces: Mapping[int, _Traces]) -> Iterator[_Match]:
+    """The nearest trace for each side of each matrix, if that is no chance."""
+    sides: dict[int, tuple[dict[int, Tensor], dict[int, Tensor]]] = defaultdict(lambda: ({}, {}))
+    for index, (rows, columns) in traces.items():
+        if rows is not None:
+            sides[len(rows)][0][index] = rows
+        if columns is not None:
+            sides[len(columns)][1][index] = columns
+    for rows_of, columns_of in sides.values():
+        yield from _compare(columns_of, rows_of, ("P·Q", "Q·P"))
+        yield from _compare(columns_of, columns_of, ("P·Qᵀ",))
+        yield from _compare(rows_of, rows_of, ("Pᵀ·Q",))
 
 
 def _compare(
-    ones: Sequence[tuple[int, Tensor]],
-    others: Sequence[tuple[int, Tensor]],
-    length: int,
-    product: int,
-    turned: bool,
-) -> list[_Match]:
+    ones: Mapping[int, Tensor], others: Mapping[int, Tensor], products: tuple[str, ...]
+) -> Iterator[_Match]:
     """For each one the other with the nearest trace, if that is no chance.
 
     Args:
-        turned: whether traces are compared with transposed ones.
+        products: what one and other are then, and if it is not the same for the other, what other
+            and one are. Traces of the same side are each other's transposes.
     """
     if not ones or not others:
-        return []
-    left, right = torch.stack([t for _, t in ones]), torch.stack([t for _, t in others])
-    if turned and length <= _WHOLE:
-        right = right.view(-1, length, length).mT.flatten(1)
-    whose = torch.tensor([index for index, _ in ones])
-    candidates = torch.tensor([index for index, _ in others])
-    farthest = min(_FARTHEST, 0.5 * (_CHANCE / len(others)) ** (2 / left.shape[1]))
+        return
+    left = torch.stack(list(ones.values()))
+    right = left if ones is others else torch.stack(list(others.values()))
+    if len(products) == 1 and right.ndim == 3:
+        right = right.mT
+    left, right = left.flatten(1), right.flatten(1)
+    length = left.shape[1]
+    if length <= _FEW:  # where chance comes near, float32 would not tell
+        left, right = left.double(), right.double()
+    farthest = min(_FARTHEST, 0.5 * (_CHANCE / max(len(ones), len(others))) ** (2 / length))
+    whose, candidates = torch.tensor(list(ones)), torch.tensor(list(others))
+    nearest_of_others = torch.full((len(right),), 2.0, dtype=left.dtype)
+    its_one = torch.zeros(len(right), dtype=torch.int64)
     squares = right.square().sum(1)
-    matches = []
-    for start in range(0, len(ones), _ROWS):
-        piece = left[start : start + _ROWS]
+    for start in range(0, len(left), _ROWS):
+        piece, own = left[start : start + _ROWS], whose[start : start + _ROWS]
         sizes = piece.square().sum(1, keepdim=True) + squares
         # ‖x − y‖²/(‖x‖² + ‖y‖²), and 1 where both are zero
         distance = 1 - 2 * (piece @ right.mT) / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
-        distance[whose[start : start + _ROWS].unsqueeze(1) == candidates] = 1.0
-        nearest, where = distance.min(1)
-        for row in (nearest <= farthest).nonzero().flatten().tolist():
-            one, other = int(whose[start + row]), int(candidates[where[row]])
-            matches.append(_Match(one, other, product, 1 - max(float(nearest[row]), 0.0)))
-    return matches
+        distance[own.unsqueeze(1) == candidates] = 1.0
+        yield from _near(own, candidates, *distance.min(1), farthest, products[0])
+        least, row = distance.min(0)
+        nearer = least < nearest_of_others
+        nearest_of_others = torch.where(nearer, least, nearest_of_others)
+        its_one = torch.where(nearer, start + row, its_one)
+    if len(products) > 1:
+        yield from _near(candidates, whose, nearest_of_others, its_one, farthest, products[1])
 
 
-def _alike_entries(matrices: Sequence[Tensor]) -> list[tuple[int, int, float]]:
-    """Pairs, both ways round, whose entries are correlated over the common length.
+def _near(
+    ones: Tensor, others: Tensor, distance: Tensor, where: Tensor, farthest: float, product: str
+) -> Iterator[_Match]:
+    """Of nearest others those that are near."""
+    for row in (distance <= farthest).nonzero().flatten().tolist():
+        likeness = 1 - max(float(distance[row]), 0.0)
+        other = int(others[where[row]])
+        yield _Match(int(ones[row]), other, PRODUCTS.index(product), likeness)
+
+
+def _alike_entries(matrices: Mapping[int, Tensor]) -> Iterator[_Match]:
+    """Pairs, both ways round, whose shapes fit and whose entries are correlated.
 
     Guessed from the first entries of all, and computed in full where the guess is high.
     """
-    flat = [matrix.flatten() for matrix in matrices]
-    sizes = torch.tensor([min(len(entries), _SAMPLE) for entries in flat])
-    found = []
-    for size in sizes.unique().tolist():
-        if size < 3:  # two points always lie on a line
-            continue
-        whose, candidates = ((sizes == size).nonzero(), (sizes >= size).nonzero())
-        sample = torch.stack([flat[index][:size].float() for index in candidates.flatten().tolist()])
-        sample = sample - sample.mean(1, keepdim=True)
-        sample = sample / sample.norm(dim=1, keepdim=True).clamp_min(torch.finfo(sample.dtype).tiny)
-        own = sample[sizes[candidates.flatten()] == size]
+    flat = {index: matrix.flatten() for index, matrix in matrices.items()}
+    lengths = sorted({min(len(entries), _SAMPLE) for entries in flat.values()} - {0, 1, 2})
+    for length in lengths:  # of the shorter one of a pair, or both are longer than the sample
+        longer = [index for index, entries in flat.items() if len(entries) >= length]
+        shorter = [index for index in longer if min(len(flat[index]), _SAMPLE) == length]
+        sample = torch.stack([flat[index][:length].float().cpu() for index in longer])
+        sample -= sample.mean(1, keepdim=True)
+        sample /= sample.norm(dim=1, keepdim=True).clamp_min(torch.finfo(sample.dtype).tiny)
+        own = sample[[longer.index(index) for index in shorter]]
         for start in range(0, len(own), _ROWS):
             guess = (own[start : start + _ROWS] @ sample.mT).abs()
             for row, column in (guess >= 0.9 * _CORRELATED).nonzero().tolist():
-                one, other = int(whose[start + row]), int(candidates[column])
-                if one == other or (sizes[other] == size and other < one):
-                    continue  # each pair once
-                likeness = _correlation(flat[one], flat[other])
-                if likeness >= _least_correlation(min(len(flat[one]), len(flat[other])), len(flat)):
-                    found += [(one, other, likeness), (other, one, likeness)]
-    return found
+                one, other = shorter[start + row], longer[column]
+                if one != other:
+                    yield from _correlated(one, other, matrices, len(flat))
+
+
+def _correlated(
+    one: int, other: int, matrices: Mapping[int, Tensor], candidates: int
+) -> Iterator[_Match]:
+    """The match of two matrices, and the other way round, if their entries are correlated."""
+    p, q = matrices[one], matrices[other]
+    products = fitting_products((p.shape[0], p.shape[1]), (q.shape[0], q.shape[1]))
+    likeness = _correlation(p.flatten(), q.flatten())
+    chance = (_CHANCE / candidates) ** (2 / max(min(p.numel(), q.numel()) - 2, 1))
+    if products and likeness >= max(_CORRELATED, (1 - chance) ** 0.5):
+        turned = (1, 0, 2, 3)[products[0]]
+        yield _Match(one, other, products[0], likeness)
+        yield _Match(other, one, turned, likeness)
 
 
 def _correlation(one: Tensor, other: Tensor) -> float:
@@ -225,25 +255,25 @@ def _correlation(one: Tensor, other: Tensor) -> float:
     return float((x @ y).abs() / norms) if norms > 0 else 0.0
 
 
-def _least_correlation(length: int, candidates: int) -> float:
-    """The correlation from which on it is neither weak nor chance."""
-    chance = (_CHANCE / candidates) ** (2 / max(length - 2, 1))
-    return max(_CORRELATED, (1 - chance) ** 0.5)
-
-
-def product_norms(pairs: Sequence[tuple[Tensor, Tensor, int]]) -> list[float]:
-    """‖P·Q‖_F of each (P, Q, index of `PRODUCTS`), from Gram matrices: P·Q is never formed.
+def product_norms(
+    matrices: Sequence[Tensor], relations: Mapping[int, Relation]
+) -> dict[int, float]:
+    """‖P·Q‖_F of each matrix P with its partner Q, from Gram matrices: P·Q is never formed.
 
     ‖P·Q‖² = ⟨PᵀP, Q·Qᵀ⟩; the other products are that of transposed or exchanged factors.
     """
-    norms = []
-    for left, right, product in pairs:
-        p, q = left.float(), right.float()
-        if PRODUCTS[product] == "Q·P":
-            p, q = q, p
-        elif PRODUCTS[product] == "P·Qᵀ":
-            q = q.mT
-        elif PRODUCTS[product] == "Pᵀ·Q":
-            p = p.mT
-        norms.append(float(((p.mT @ p) * (q @ q.mT)).sum().clamp_min(0).sqrt()))
-    return norms
+    norms: dict[tuple[int, int, bool, bool], float] = {}
+    found = {}
+    for index, relation in relations.items():
+        left, right = index, relation.partner
+        product = PRODUCTS[relation.product]
+        if product == "Q·P" or (product != "P·Q" and left > right):
+            left, right = right, left  # the same product is computed once
+        first, second = product == "Pᵀ·Q", product == "P·Qᵀ"
+        case = (left, right, first, second)
+        if case not in norms:
+            p, q = matrices[left].float(), matrices[right].float()
+            p, q = p.mT if first else p, q.mT if second else q
+            norms[case] = float(((p.mT @ p) * (q @ q.mT)).sum().clamp_min(0).sqrt())
+        found[index] = norms[case]
+    return found

@@ -67,19 +67,17 @@ class Relations(Technique):
         known = [(place[a], place[b]) for a, b in _named(overview.roles) if {a, b} <= place.keys()]
         gradients = [grad.flatten(1) for grad in grads]
         relations = discover(matrices, gradients, known, self.threshold, overview.scratch)
-        norms = product_norms(
-            [(matrices[k], matrices[r.partner], r.product) for k, r in relations.items()]
-        )
+        norms = product_norms(matrices, relations)
         for index in chosen:
             overview.entries[index].pop("relation", None)
-        for (k, relation), norm in zip(relations.items(), norms, strict=True):
+        for k, relation in relations.items():
             partner = chosen[relation.partner]
             overview.entries[chosen[k]]["relation"] = {
                 # A name is still right where parameters are grouped otherwise.
                 "partner": overview.names[partner] or partner,
                 "product": PRODUCTS[relation.product],
                 "compatibility": relation.compatibility,
-                "product_norm": norm,
+                "product_norm": norms[k],
             }
 
 
