@@ -1,11 +1,11 @@
-"""Whether AdaptiveHinaAdamW finds the halves of SDXL's LoRA that belong together, and what it costs.
+"""Whether AdaptiveHinaAdamW finds which halves of SDXL's LoRA are partners, and what it costs.
 
     python benchmarks/relations.py                # 986 modules, 200 steps: two minutes
     python benchmarks/relations.py --modules 100 --rank 4
 
-Each module of the LoRA learns a teacher of rank 4 by gradients that flow through B·A; modules of one
-width share their inputs, as the projections of an attention block do. The teachers' sizes differ by
-a hundred. AdaptiveHinaAdamW with all defaults takes its steps in turn with torch's fused AdamW on
+Each module of the LoRA learns a teacher of rank 4 by gradients that flow through B·A; modules of
+one width share their inputs, as the projections of an attention block do. The teachers' sizes
+differ by a hundred. AdaptiveHinaAdamW with all defaults takes its steps in turn with torch's fused AdamW on
 copies with the same gradients; its mean step, discoveries included, is compared with the other's.
 
 Then true partners are looked for in four ways: by the compatibility that is usual (shapes, and the

@@ -1,4 +1,4 @@
-"""AdaptiveHinaAdamW: AdamW with 8-bit state that finds out by itself how parameters belong together."""
+"""AdaptiveHinaAdamW: AdamW with 8-bit state that finds out which parameters belong together."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..products import lokr_norms
 from ..overview import Overview
+from ..products import lokr_norms
 from .base import Technique, Work
 
 _LOKR_NORM = 0.3

@@ -23,15 +23,15 @@ class Importance(Technique):
     After each step, for the parameters that took part:
 
     - gradient = ‖g‖·max(1 − std/mean of its last norms, 0.1)
-    - change = |‖p‖ − ‖p₀‖|/max(‖p‖, ‖p₀‖), between 0 and 1 also for a LoRA's half that starts at zero
+    - change = |‖p‖ − ‖p₀‖|/max(‖p‖, ‖p₀‖): at most 1, also for the half of a LoRA that starts at 0
     - intrinsic = variance of p × share of its entries of at least 1e-6
 
     each divided by its mean over the parameters, and
     importance ← decay·importance + (1−decay)·(0.4·gradient + 0.3·change + 0.3·intrinsic).
 
     The factor is clamp(c·importance·strength, 0.1, 3), where c makes up for what the limits take
-    away or add: the mean of the factor is `strength` itself. So lr is redistributed, never shrunk as
-    a whole. A parameter has the importance 1 until its first step is over. The last norms are
+    away or add: the mean of the factor is `strength` itself. So lr is redistributed, never shrunk
+    as a whole. A parameter has the importance 1 until its first step is over. The last norms are
     weighted by powers of 0.9.
 
     Source: spec 1 §4. That ‖g‖ and change tell who matters is common in pruning and in AdaLoRA,
@@ -105,8 +105,8 @@ def importances(overview: Overview) -> Tensor:
 
 
 def fair_factors(importance: Tensor, strength: float) -> Tensor:
-    """clamp(c·importance·strength, 0.1, 3), c such that the mean is `strength` (or the limit that is
-    nearest to it).
+    """clamp(c·importance·strength, 0.1, 3), c such that the mean is `strength` (or the limit that
+    is nearest to it).
 
     The mean grows with c in straight lines, with a corner wherever a parameter comes to one of the
     limits or leaves it: between which two of these it is right is looked up.

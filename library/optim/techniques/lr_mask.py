@@ -22,8 +22,8 @@ _PACKED = 1024
 
 
 class LRMask(Technique):
-    """While t < `warmup_steps`: mask ← clamp(mask ± bump), + where the gradient keeps its sign and −
-    where it flips; where the scheduler raises lr above all it was before, the mask rises by as
+    """While t < `warmup_steps`: mask ← clamp(mask ± bump), + where the gradient keeps its sign and
+    − where it flips; where the scheduler raises lr above all it was before, the mask rises by as
     much. From t = `warmup_steps` on it is frozen and falls with lr: mask·max(lr/(highest lr), 0.1).
     u ← u·clamp(mask/lr·pace, 0.001, 10), element by element, where lr is the scheduler's.
 
