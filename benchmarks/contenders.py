@@ -14,6 +14,7 @@ import torch
 from torch.nn import Parameter
 
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
+from library.custom_hina_adaptive_adamw_optimizer import AdaptiveHinaAdamW
 
 LR = 1e-4
 
@@ -68,9 +69,8 @@ class Contender:
         return getattr(importlib.import_module(self.module), self.attribute)
 
 
-def _ours(key: str, label: str, **arguments: Any) -> Contender:
-    module = "library.custom_hina_adamw_optimizer"
-    return Contender(key, label, module, "HinaAdamWOptimizer", None, arguments)
+def _ours(cls: type, key: str, label: str, **arguments: Any) -> Contender:
+    return Contender(key, label, cls.__module__, cls.__name__, None, arguments)
 
 
 REFERENCE = Contender(
@@ -115,13 +115,16 @@ CONTENDERS = (
         )
         for name in ("ADOPT", "Grams", "AdaTAM")
     ),
-    _ours("hina", "HinaAdamW, all defaults"),
+    _ours(HinaAdamWOptimizer, "hina", "HinaAdamW, all defaults"),
     _ours(
+        HinaAdamWOptimizer,
         "hina-adamw",
         "HinaAdamW, only 8-bit AdamW on",
         **dict.fromkeys(HinaAdamWOptimizer.SWITCHES, False),
     ),
-    _ours("hina-eager", "HinaAdamW, all defaults, eager", backend="eager"),
+    _ours(HinaAdamWOptimizer, "hina-eager", "HinaAdamW, all defaults, eager", backend="eager"),
+    _ours(AdaptiveHinaAdamW, "adaptive", "AdaptiveHinaAdamW, all defaults"),
+    _ours(AdaptiveHinaAdamW, "adaptive-frozen", "the same, lr_mask frozen", warmup_steps=0),
 )
 
 BY_KEY = {contender.key: contender for contender in CONTENDERS}

@@ -184,12 +184,7 @@ class ChainOptimizer(torch.optim.Optimizer):
             self.skipped_steps += 1
             return loss
         # Before any parameter moves: a pair's halves may lie in different batches.
-        overview = self.overview()
-        prepared = {
-            technique: factor
-            for technique in self.chain
-            if (factor := technique.prepare(overview)) is not None
-        }
+        prepared = self._prepare()
         norms = self._pair_norms(looks)
         self.last_step = [
             self._advance(turn, prepared, norms, look)
@@ -356,6 +351,15 @@ class ChainOptimizer(torch.optim.Optimizer):
         """All parameters with their state, as they are now."""
         entries = [self.state.get(param, {}) for param in self.roles.position]
         return Overview(self.roles, entries, self.scratch)
+
+    def _prepare(self) -> dict[Technique, Tensor]:
+        """The factors that techniques compute from whole matrices or from all parameters."""
+        asked = [link for link in self.chain if type(link).prepare is not Technique.prepare]
+        if not asked:
+            return {}
+        overview = self.overview()
+        factors = {technique: technique.prepare(overview) for technique in asked}
+        return {key: factor for key, factor in factors.items() if factor is not None}
 
     def _conclude(self, turns: Sequence[Turn]) -> None:
         """Tell techniques that compare parameters what this step has shown of all of them."""
