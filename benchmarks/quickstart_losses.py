@@ -5,9 +5,9 @@
 
 Each figure is the validation loss of a run of train_network.py with configs/quickstart.toml: of six
 pictures that are not trained on, always with the same noise and time steps. AdaptiveHinaAdamW's
-lr_mask is told the scale of the learning rate (max_lr twice and lr_bump a five-hundredth of it), and
-its warm-up and discoveries fit into 80 steps. The quickstart's own validation loss before training
-is that of a learning rate of 1e-9.
+lr_mask is told the scale of the learning rate (max_lr twice and lr_bump a five-hundredth of it),
+and its warm-up and discoveries fit into 80 steps. The validation loss before training is that of a
+learning rate of 1e-9.
 """
 
 from __future__ import annotations

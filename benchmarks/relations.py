@@ -5,8 +5,9 @@
 
 Each module of the LoRA learns a teacher of rank 4 by gradients that flow through B·A; modules of
 one width share their inputs, as the projections of an attention block do. The teachers' sizes
-differ by a hundred. AdaptiveHinaAdamW with all defaults takes its steps in turn with torch's fused AdamW on
-copies with the same gradients; its mean step, discoveries included, is compared with the other's.
+differ by a hundred. AdaptiveHinaAdamW with all defaults takes its steps in turn with torch's fused
+AdamW on copies with the same gradients; its mean step, discoveries included, is compared with the
+other's.
 
 Then true partners are looked for in four ways: by the compatibility that is usual (shapes, and the
 correlation of entries) alone; by discovery without names; the same on gradients rounded to
