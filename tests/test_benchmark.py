@@ -182,3 +182,19 @@ def test_a_line_is_fitted_to_relative_residuals() -> None:
     assert best == pytest.approx(squares(a, b))
     for near in ((1.01 * a, b), (0.99 * a, b), (a, 1.01 * b), (a, 0.99 * b)):
         assert squares(*near) > best
+
+
+def test_the_benchmark_of_relations_finds_every_pair() -> None:
+    finished = subprocess.run(
+        [sys.executable, "benchmarks/relations.py", "--modules", "10", "--steps", "12"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    found = {row[0]: row[1:] for row in map(columns, finished.stdout.splitlines()) if row[1:]}
+    assert found["at the end, without names"] == ["10 of 10 (100.0 %)", "0"]
+    assert found["with names"] == ["10 of 10 (100.0 %)", "0"]
+    assert found["shapes and entries alone"] != found["with names"]
