@@ -1,4 +1,4 @@
-"""HinaAdamW on each of its backends, and what the tests of its behaviour share."""
+"""HinaAdamW and AdaptiveHinaAdamW on each backend, and what the tests of their behaviour share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
+from library.custom_hina_adaptive_adamw_optimizer import AdaptiveHinaAdamW
+from library.optim.hina import HinaOptimizer
 
 NOTHING_ON: dict[str, Any] = dict.fromkeys(HinaAdamWOptimizer.SWITCHES, False)
 
@@ -25,15 +27,30 @@ CASES: dict[str, dict[str, Any]] = {
     "strong decay": {"weight_decay": 0.1},
     "betas and eps": {"betas": (0.5, 0.9), "eps": 1e-6},
     "no momentum": {"betas": (0.0, 0.9)},
+    # Its masks freeze in the middle of most tests, and partners are looked for.
+    "adaptive": {
+        "cls": AdaptiveHinaAdamW,
+        "min_8bit_size": 0,
+        "warmup_steps": 3,
+        "relationship_discovery_interval": 2,
+        "lr_bump": 1e-4,
+        "max_lr": 1.0,
+    },
 }
 
 each_case = pytest.mark.parametrize("options", CASES.values(), ids=list(CASES))
 each_backend = pytest.mark.parametrize("backend", ["compiled", "eager"])
 
 
-def hina(params: Iterable[Any], backend: str, **options: Any) -> HinaAdamWOptimizer:
-    """HinaAdamW on a backend."""
-    return HinaAdamWOptimizer(params, backend=backend, **options)
+def hina(
+    params: Iterable[Any],
+    backend: str,
+    cls: type[HinaOptimizer] = HinaAdamWOptimizer,
+    **options: Any,
+) -> Any:
+    """HinaAdamW, or AdaptiveHinaAdamW, on a backend."""
+    made: Any = cls
+    return made(params, backend=backend, **options)
 
 
 def named(*tensors: Tensor) -> list[tuple[str, Tensor]]:

@@ -176,7 +176,7 @@ def test_state_that_belongs_to_no_parameter_is_kept(backend):
 def test_it_can_be_printed(backend, options):
     optimizer, _ = make(backend, options)
     shown = repr(optimizer)
-    assert shown.startswith("HinaAdamWOptimizer (\nParameter Group 0\n")
+    assert shown.startswith(f"{type(optimizer).__name__} (\nParameter Group 0\n")
     assert f"lr: {options.get('lr', 0.001)}" in shown
 
 
