@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
+from library.custom_hina_adaptive_adamw_optimizer import AdaptiveHinaAdamW
 from library.optim.arguments import OptimizerArgumentError
 from library.optim.registry import (
     MissingPackageError,
@@ -121,22 +122,29 @@ def test_dadaptation_advises(caplog):
     assert "only the first" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["HinaAdamW", "hinaadamwoptimizer", "CustomAdamW"])
-def test_our_own(name):
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("HinaAdamW", HinaAdamWOptimizer),
+        ("hinaadamwoptimizer", HinaAdamWOptimizer),
+        ("CustomAdamW", HinaAdamWOptimizer),
+        ("AdaptiveHinaAdamW", AdaptiveHinaAdamW),
+        ("adaptivehinaadamw", AdaptiveHinaAdamW),
+    ],
+)
+def test_our_own(name, cls):
     params = [("x.w_norm", one_parameter()[0])]
-    args = parse_optimizer_args(["use_agr=False", "spd_anchor=zero"])
+    args = parse_optimizer_args(["use_agr=False", "spd_anchor=initial"])
     path, text, optimizer = create_optimizer(name, params, 1e-3, args)
-    assert path == "library.custom_hina_adamw_optimizer.HinaAdamWOptimizer"
-    assert text == "use_agr=False,spd_anchor=zero"
-    assert isinstance(optimizer, HinaAdamWOptimizer)
-    full = resolve("library.custom_hina_adamw_optimizer.HinaAdamWOptimizer").load()
-    assert full is HinaAdamWOptimizer
+    assert path == f"{cls.__module__}.{cls.__name__}"
+    assert text == "use_agr=False,spd_anchor=initial"
+    assert type(optimizer) is cls
+    assert resolve(path).load() is cls
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "AdaptiveHinaAdamW",
         "automagic_cameamp",
         "Automagic_CameAMP_8bit",
         "Automagic_CameAMP_COptim8bit",
@@ -228,16 +236,17 @@ def test_right_arguments_pass():
     check_arguments(Anything, {"whatever": 1})
 
 
-def test_the_package_stands_alone(tmp_path):
+@pytest.mark.parametrize("short_name", ["HinaAdamW", "AdaptiveHinaAdamW"])
+def test_the_package_stands_alone(tmp_path, short_name):
     """It is copied into other trees: nothing of `library` beside it may be needed."""
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "__init__.py").touch()
     source = Path(__file__).parent.parent / "library"
     (tmp_path / "library" / "optim").symlink_to(source / "optim")
-    name = "custom_hina_adamw_optimizer.py"
+    name = resolve(short_name).module.rpartition(".")[2] + ".py"
     (tmp_path / "library" / name).symlink_to(source / name)
     code = (
-        "from library.optim.registry import resolve; resolve('HinaAdamW').load()\n"
+        f"from library.optim.registry import resolve; resolve('{short_name}').load()\n"
         "import library.optim.telemetry, sys\n"
         "heavy = {'bitsandbytes', 'transformers', 'diffusers', 'accelerate'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
