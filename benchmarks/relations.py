@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `library`, which is not installed
 
@@ -132,14 +133,32 @@ def train(modules: Modules, steps: int) -> AdaptiveHinaAdamW:
         for t in entry.values()
         if isinstance(t, Tensor)
     )
+    importance = optimizer.get_importance_analysis()["importance_statistics"]
     rows = [
         ["mean step, ms", f"{1000 * statistics.mean(ours[first:]):.1f}"],
         ["the same × fused AdamW", f"{mean:.2f}"],
         ["slowest step, ms", f"{1000 * max(ours[first:]):.0f}"],
         ["state, bytes a parameter", f"{held / size:.2f}"],
+        ["mean importance", f"{importance['mean']:.6f}"],
+        ["mean effective lr ÷ (lr × mean lr_mask)", f"{effective_lr(optimizer):.3f}"],
+        ["the same, relations aside", f"{effective_lr(optimizer, relations=False):.3f}"],
     ]
     print_table([f"{len(params)} tensors, {size / 1e6:.1f} M parameters", "all on"], rows)
     return optimizer
+
+
+def effective_lr(optimizer: AdaptiveHinaAdamW, relations: bool = True) -> float:
+    """The mean over tensors of what acted in the last step, by what lr_mask alone would give."""
+    told = optimizer.get_relationship_summary()["relationships"]
+    scale = {one["param_index"]: relation_factor(one) for one in told} if not relations else {}
+    acted = torch.cat([record.values["effective_lr"] for record in optimizer.last_step])
+    scales = torch.tensor([scale.get(index, 1.0) for index in range(len(acted))])
+    masks = [one["avg_lr_scale"] for one in optimizer.get_lr_mask_analysis()["parameter_analysis"]]
+    return float((acted / scales).mean()) / (LR * statistics.mean(masks))
+
+
+def relation_factor(relation: dict[str, Any]) -> float:
+    return float((1 + 0.2 * relation["compatibility"]) / (1 + 0.1 * relation["product_norm"]))
 
 
 def tell_found(modules: Modules, optimizer: AdaptiveHinaAdamW) -> None:
