@@ -3,9 +3,9 @@
 If a model uses P and Q only as the product P·Q, it does not change when P becomes P·M and Q becomes
 M⁻¹·Q. The gradients know of it: dP = G·Qᵀ and dQ = Pᵀ·G, where G is the gradient of the product, so
 that Pᵀ·dP = dQ·Qᵀ (= Pᵀ·G·Qᵀ), to rounding, at every step, whatever the data. For neurons between P
-and Q that are linear on each side of zero the diagonal of this still holds (Tanaka et al., SynFlow,
-arXiv 2006.05467, eq. 4). Of each matrix two such traces are taken, one for its columns and one for
-its rows, and partners are those whose traces agree.
+and Q that are linear on each side of zero, or dropped at random, the diagonal of this still holds
+(Tanaka et al., SynFlow, arXiv 2006.05467, eq. 4). Of each matrix two such traces are taken, one for
+its columns and one for its rows, and partners are those whose traces agree.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ PRODUCTS = ("P·Q", "Q·P", "P·Qᵀ", "Pᵀ·Q")
 """The ways to multiply a parameter P and its partner Q."""
 
 _SHAPE, _LIKENESS = 0.7, 0.3  # how much each counts for compatibility
-_WHOLE = 32  # rows or columns up to which the whole trace is taken, and behind it the diagonal
-_FARTHEST = 0.02  # from which distance on traces are not of one product, however unlikely chance is
+_WHOLE = 32  # rows or columns up to which the whole trace is taken, too, and not its diagonal alone
+# Beyond this distance traces are not of one product, however unlikely chance is: products computed
+# in bfloat16 stay below 1e-4, what modules that learn much the same have in common above 3e-3.
+_FARTHEST = 5e-4
 _FEW = 64  # entries of a trace
 _CHANCE = 0.01  # that any of the others comes as near as is still taken for one
 _SAMPLE = 512  # entries from which the correlation of two matrices is guessed
@@ -70,12 +72,12 @@ def discover(
 ) -> dict[int, Relation]:
     """The partner of each matrix that has one.
 
-    Partners are who names say so; among the rest, those whose traces agree, short ones (of up to 32
-    rows or columns) before long ones; among the rest of these, those whose entries are correlated
+    Partners are who names say so; among the rest, those whose traces agree, whole ones (of up to 32
+    rows or columns) before diagonals; among the rest of these, those whose entries are correlated
     over the common length. How nearly two agree is their likeness, and chance is none: traces
     count where one as near is not to be expected among all candidates, a correlation from 0.8 on.
-    Matrices without any likeness are no partners, however well their shapes fit: in an adapter
-    hundreds of others fit as well.
+    Of several the most alike is the partner, not the one of which more products fit, and matrices
+    without any likeness are no partners: in an adapter hundreds of others fit as well.
 
     Args:
         matrices, gradients: `[rows, columns]`, each pair of one shape.
@@ -87,14 +89,14 @@ def discover(
     related: dict[int, Relation] = {}
 
     def take(matches: Iterable[_Match]) -> None:
-        """Of several partners the most compatible one."""
-        found: dict[int, Relation] = {}
+        """Of several partners the most alike one."""
+        nearest: dict[int, float] = {}
         for one, other, product, likeness in matches:
             fitting = len(fitting_products(shapes[one], shapes[other]))
             worth = compatibility(fitting, likeness)
-            if worth > threshold and (one not in found or worth > found[one].compatibility):
-                found[one] = Relation(other, product, worth)
-        related.update(found)
+            if worth > threshold and likeness > nearest.get(one, 0.0):
+                nearest[one] = likeness
+                related[one] = Relation(other, product, worth)
 
     def rest() -> list[int]:
         return [index for index in range(len(matrices)) if index not in related]
@@ -133,18 +135,19 @@ def _whole_traces(matrix: Tensor, gradient: Tensor) -> _Traces:
 
 
 def _diagonals(matrix: Tensor, gradient: Tensor, pool: ScratchPool) -> _Traces:
-    """The diagonals of the traces of many rows or many columns."""
-    many_rows, many_columns = (size > _WHOLE for size in matrix.shape)
+    """The diagonals of the traces; none of a single number, which is the whole trace."""
     rows = matrix.new_empty(matrix.shape[0], dtype=torch.float32)
     columns = matrix.new_zeros(matrix.shape[1], dtype=torch.float32)
     step = max(1, _PIECE // matrix.shape[1])
-    for start in range(0, len(matrix) if many_rows or many_columns else 0, step):
+    for start in range(0, len(matrix), step):
         p, g = matrix[start : start + step].float(), gradient[start : start + step].float()
         with pool.take(p.shape, p.device) as product:
             torch.mul(p, g, out=product)
             torch.sum(product, 1, out=rows[start : start + step])
             columns += product.sum(0)
-    return _Traces(rows.cpu() if many_rows else None, columns.cpu() if many_columns else None)
+    return _Traces(
+        rows.cpu() if len(rows) > 1 else None, columns.cpu() if len(columns) > 1 else None
+    )
 
 
 def _alike_traces(traces: Mapping[int, _Traces]) -> Iterator[_Match]:
@@ -249,10 +252,12 @@ def _correlated(
 def _correlation(one: Tensor, other: Tensor) -> float:
     """|correlation| of the entries over the common length."""
     length = min(len(one), len(other))
-    x, y = one[:length].double(), other[:length].double()
+    x, y = one[:length].double(), other[:length].to(one.device).double()
+    sizes = x.norm() * y.norm()
     x, y = x - x.mean(), y - y.mean()
-    norms = x.norm() * y.norm()
-    return float((x @ y).abs() / norms) if norms > 0 else 0.0
+    spreads = x.norm() * y.norm()
+    # What rounding leaves of entries that are all the same is no spread.
+    return float((x @ y).abs() / spreads) if spreads > 1e-12 * sizes else 0.0
 
 
 def product_norms(
@@ -274,6 +279,7 @@ def product_norms(
         if case not in norms:
             p, q = matrices[left].float(), matrices[right].float()
             p, q = p.mT if first else p, q.mT if second else q
-            norms[case] = float(((p.mT @ p) * (q @ q.mT)).sum().clamp_min(0).sqrt())
+            gram = (q @ q.mT).to(p.device)
+            norms[case] = float(((p.mT @ p) * gram).sum().clamp_min(0).sqrt())
         found[index] = norms[case]
     return found

@@ -15,6 +15,7 @@ _WEIGHTS = (0.4, 0.3, 0.3)  # of gradient, change and intrinsic
 _WINDOW = 0.9  # the last norms of the gradient count by this power: ten of them, roughly
 _LEAST_CONSISTENCY = 0.1
 _NOTHING = 1e-6  # an entry below is none
+_SOMETHING = 1e-100  # an importance below counts as this one: its inverse is a number
 
 
 class Importance(Technique):
@@ -30,9 +31,9 @@ class Importance(Technique):
     importance ← decay·importance + (1−decay)·(0.4·gradient + 0.3·change + 0.3·intrinsic).
 
     The factor is clamp(c·importance·strength, 0.1, 3), where c makes up for what the limits take
-    away or add: the mean of the factor is `strength` itself. So lr is redistributed, never shrunk
-    as a whole. A parameter has the importance 1 until its first step is over. The last norms are
-    weighted by powers of 0.9.
+    away or add: the mean of the factor, over the parameters that take part, is `strength` itself.
+    So lr is redistributed, never shrunk as a whole. A parameter has the importance 1 until its
+    first step is over. The last norms are weighted by powers of 0.9.
 
     Source: spec 1 §4. That ‖g‖ and change tell who matters is common in pruning and in AdaLoRA,
     arXiv 2303.10512, eq. 8 to 11.
@@ -47,7 +48,12 @@ class Importance(Technique):
         self.strength = strength
 
     def prepare(self, overview: Overview) -> Tensor | None:
-        return fair_factors(importances(overview), self.strength)
+        importance = importances(overview)
+        active = [param.grad is not None and param.numel() > 0 for param in overview.params]
+        factors = torch.ones_like(importance)
+        if any(active):
+            factors[active] = fair_factors(importance[active], self.strength)
+        return factors
 
     def apply(self, work: Work) -> None:
         work.pace = work.pace * work.factors[self]
@@ -109,17 +115,25 @@ def fair_factors(importance: Tensor, strength: float) -> Tensor:
     is nearest to it).
 
     The mean grows with c in straight lines, with a corner wherever a parameter comes to one of the
-    limits or leaves it: between which two of these it is right is looked up.
+    limits: between which two of these it is right is looked up.
+
+    Args:
+        importance: float64 `[parameters]`, at least one.
     """
-    wanted = min(max(strength, LEAST), MOST) * importance.numel()
-    positive = importance[importance > 0]
-    corners = torch.cat([LEAST / positive, MOST / positive])
-    slopes = torch.cat([positive, -positive])
-    corners, order = corners.sort()
-    slope = slopes[order].cumsum(0)[:-1]
-    rises = torch.cat([corners.new_zeros(1), (slope * corners.diff()).cumsum(0)])
-    total = LEAST * importance.numel() + rises
-    after = int(torch.searchsorted(total, wanted).clamp(1, len(corners) - 1))
-    share = (wanted - total[after - 1]) / (total[after] - total[after - 1]).clamp_min(1e-300)
-    c = corners[after - 1] + share.clamp(0, 1) * (corners[after] - corners[after - 1])
-    return (c * importance).clamp(LEAST, MOST)
+    importance = importance.clamp_min(_SOMETHING)
+
+    def factors(c: float) -> Tensor:
+        return (c * importance).clamp(LEAST, MOST)
+
+    wanted = min(max(strength, LEAST), MOST)
+    corners = torch.cat([LEAST / importance, MOST / importance]).sort().values.tolist()
+    low, high = 0, len(corners) - 1  # all parameters are at the lower limit, and at the upper one
+    while high - low > 1:
+        middle = (low + high) // 2
+        if float(factors(corners[middle]).mean()) <= wanted:
+            low = middle
+        else:
+            high = middle
+    below, above = (float(factors(corners[k]).mean()) for k in (low, high))
+    share = (wanted - below) / (above - below) if above > below else 0.0
+    return factors(corners[low] + share * (corners[high] - corners[low]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,13 +69,15 @@ class Relations(Technique):
         gradients = [grad.flatten(1) for grad in grads]
         relations = discover(matrices, gradients, known, self.threshold, overview.scratch)
         norms = product_norms(matrices, relations)
+        bearers = Counter(overview.names)
         for index in chosen:
             overview.entries[index].pop("relation", None)
         for k, relation in relations.items():
             partner = chosen[relation.partner]
+            name = overview.names[partner]
             overview.entries[chosen[k]]["relation"] = {
                 # A name is still right where parameters are grouped otherwise.
-                "partner": overview.names[partner] or partner,
+                "partner": name if name and bearers[name] == 1 else partner,
                 "product": PRODUCTS[relation.product],
                 "compatibility": relation.compatibility,
                 "product_norm": norms[k],
