@@ -29,7 +29,7 @@ class ScratchPool:
         kind = (1 << max(size - 1, 0).bit_length(), device)
         free = self._free[kind]
         buffer = free.pop() if free else torch.empty(kind[0], device=device)
-        yield buffer[:size].view(*shape)
+        yield buffer[:size].view(tuple(shape))
         if len(free) < _MOST:
             free.append(buffer)
 
