@@ -31,7 +31,12 @@ class LRMask(Technique):
     for each element: mask = clamp(L + k·bump, low, high), L being the highest lr so far. k ends
     where the mask first reaches a limit: it does not run on behind it, and one step in the other
     direction is seen at once. (Where L is not a whole number of bumps from the limit, that step is
-    shorter than a bump.) An element whose gradient is zero keeps mask and sign.
+    shorter than a bump; a millionth of a bump counts as none.) An element whose gradient is zero
+    keeps mask and sign.
+
+    The first step with a mask moves none, since there is no sign to compare with, and is never the
+    frozen kind: a parameter whose state comes from elsewhere and is past `warmup_steps` gets lr as
+    its mask, and keeps it.
 
     16 bits hold k and the last sign; frozen, ten bits hold k where a tensor's masks are less than
     1024 bumps apart, else 16.
@@ -68,8 +73,8 @@ class LRMask(Technique):
         return {"lr_walk": "whole", "lr_top": "scalar"}
 
     def settles(self, entry: Mapping[str, Any]) -> bool:
-        # In its first step no mask moves: there is no sign to compare with.
-        return "lr_walk" in entry and bool(entry["step"] >= max(self.warmup_steps - 1, 1))
+        due = "lr_walk" in entry and entry["step"] >= self.warmup_steps - 1
+        return due and _begun(entry)
 
     def settle(self, entry: dict[str, Any]) -> None:
         """Freeze the mask: signs are dropped, and k is packed where it fits."""
@@ -88,13 +93,14 @@ class LRMask(Technique):
         entry["lr_mask_least"] = least.double() + self._reach(top).offset
 
     def apply(self, work: Work) -> None:
-        top = torch.maximum(work.state["lr_top"], work.lr)
+        # Zero is what a mask has seen that has not had a step yet.
+        top = torch.maximum(work.state["lr_top"], work.lr).clamp_min(TINY)
         frozen = "lr_mask" in work.state
         code, mask = self._frozen(work) if frozen else self._walk(work, top)
         work.state["lr_top"] = top
         gain = work.pace / work.lr.clamp_min(TINY)
         if frozen:
-            gain = gain * (work.lr / top.clamp_min(TINY)).clamp_min(_AFTERWARDS)
+            gain = gain * (work.lr / top).clamp_min(_AFTERWARDS)
         base, empty = mask
         factor = self._limited(code, work.spread(base), work.spread(gain))
         work.u = work.u * factor
@@ -119,7 +125,7 @@ class LRMask(Technique):
         reach = self._reach(top)
         # What k counts from may have moved with the highest lr.
         moved = self._reach(work.state["lr_top"]).offset - reach.offset
-        moved = torch.where(work.step > 1, moved, 0.0)
+        moved = torch.where(work.state["lr_top"] > 0, moved, 0.0)
         last = ((walk << 30) >> 30).to(torch.float32)
         sign = work.grad.sign()
         k = (walk >> _SIGN_BITS).to(torch.float32) + last * sign + work.spread(moved)
@@ -137,7 +143,7 @@ class LRMask(Technique):
 
     def masks(self, entry: Mapping[str, Any]) -> Tensor | None:
         """The mask of each element, float64, not yet scaled down with the scheduler; None for a
-        parameter without a step."""
+        parameter without a step, or whose steps were without a mask."""
         if "lr_mask" in entry:
             code = entry["lr_mask"].to(torch.int32)
             if "lr_mask_high" in entry:
@@ -145,7 +151,7 @@ class LRMask(Technique):
                 (high,) = layout.split(unpack_high(entry["lr_mask_high"]), [code.shape])
                 code = code + (high << 8)
             bumps, base = code + entry["lr_mask_least"], entry["lr_mask_base"]
-        elif "lr_walk" in entry:
+        elif "lr_walk" in entry and _begun(entry):
             base = entry["lr_top"]
             bumps = (entry["lr_walk"] >> _SIGN_BITS) + self._reach(base).offset
         else:
@@ -161,6 +167,11 @@ class LRMask(Technique):
             top = max(float(entry["lr_top"]), lr, TINY)
             mask = mask * max(lr / top, _AFTERWARDS)
         return (mask / max(lr, TINY)).clamp(LEAST, MOST)
+
+
+def _begun(entry: Mapping[str, Any]) -> bool:
+    """Whether a mask has had a step."""
+    return bool(entry["lr_top"] > 0)
 
 
 class _Reach(NamedTuple):
