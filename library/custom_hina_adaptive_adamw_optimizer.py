@@ -191,7 +191,8 @@ class AdaptiveHinaAdamW(HinaOptimizer):
         """The `lr_mask` of each element of a parameter: float64, exactly what it was moved to
         (what the scheduler has taken off since is not in it); None before the first step and with
         `use_lr_mask=False`."""
-        return self.lr_mask.masks(self.state.get(param, {}))
+        on = self.switches["use_lr_mask"]
+        return self.lr_mask.masks(self.state.get(param, {})) if on else None
 
     def get_optimization_info(self) -> dict[str, Any]:
         """Settings, and where training stands. `total_params` counts tensors."""
@@ -209,6 +210,11 @@ class AdaptiveHinaAdamW(HinaOptimizer):
         """Where each parameter's learning rates lie, as factors on lr. It looks at every element:
         not to be called at every step."""
         return reports.lr_mask_analysis(self)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What has been found of each parameter until now, in JSON's types (keys: see
+        `adaptive_reports.snapshot`). It looks at every element: not to be called at every step."""
+        return reports.snapshot(self)
 
     def get_buffer_pool_stats(self) -> dict[str, Any]:
         """The scratch memory that is kept between discoveries."""

@@ -8,6 +8,7 @@ import logging
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from library.custom_hina_adaptive_adamw_optimizer import AdaptiveHinaAdamW
 from library.optim.arguments import OptimizerArgumentError
+from library.optim.native.build import compilations
 from library.optim.state import pack_high, unpack_high
 
 SHAPES = [(), (7,), (16, 24), (61, 70)]
@@ -319,3 +321,38 @@ def test_a_learning_rate_above_max_lr_is_warned_of(lr, warns, caplog):
         groups[1]["lr"] = math.pi
         AdaptiveHinaAdamW(groups)
     assert "3.14159" in caplog.records[-1].getMessage()
+
+
+def test_what_runs_frozen_masks_is_compiled_in_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HINA_CACHE", str(tmp_path))
+    params = parameters(*drawn((61, 70), (7,)))
+    optimizer = adaptive(params, "compiled", weight_decay=0.0123)
+    train(optimizer, params, range(1, 2))
+    at_first = compilations()
+    train(optimizer, params, range(2, WARMUP + 3))
+    assert "lr_mask" in optimizer.state[params[0]]
+    assert compilations() == at_first
+    assert len(list(tmp_path.glob("*.so"))) == 4  # large and small tensors, moving and frozen
+
+
+def test_there_are_no_masks_where_they_are_off() -> None:
+    params = parameters(*drawn((61, 70)))
+    moving = adaptive(params)
+    train(moving, params, range(1, 4))
+    without = adaptive(params, use_lr_mask=False)
+    without.load_state_dict(moving.state_dict())
+    assert moving.masks(params[0]) is not None
+    assert without.masks(params[0]) is None
+
+
+def test_a_rate_of_zero_between_masks_of_zero_moves_nothing() -> None:
+    params = parameters(*drawn((61, 70)))
+    optimizer = adaptive(params, min_lr=0.0, adaptation_strength=3.0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = params[0].detach().clone()
+    for step in range(3):
+        params[0].grad = drawn((61, 70), seed=step)[0]
+        optimizer.step()
+    assert torch.equal(params[0], before)

@@ -34,7 +34,7 @@ from .batch import Batch, Turn, make_turn
 from .chain import PER_TENSOR, Variant
 from .finite import all_finite
 from .native import availability, build
-from .native.run import Look, NativeChain
+from .native.run import Look, NativeChain, compile_all
 from .overview import Overview
 from .products import lora_row_norms
 from .roles import Roles, group_names
@@ -179,6 +179,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         self._check_groups()
         turns = [turn for batch in self._batches_now() if (turn := make_turn(batch)) is not None]
         # Machine code is made, and gradients are looked at, before anything moves.
+        self._make_programs(turns)
         looks = [self._look(turn) for turn in turns]
         if not self._all_finite(turns, looks):
             self.skipped_steps += 1
@@ -223,9 +224,10 @@ class ChainOptimizer(torch.optim.Optimizer):
         """Whether this parameter's moments are kept in 8 bits."""
         return self.optim_bits == 8 and param.numel() >= self.min_8bit_size
 
-    def kept(self, param: Tensor) -> dict[str, Kind]:
-        """What the chain keeps of a parameter, by name."""
-        role, entry = self.roles.role[param], self.state.get(param, {})
+    def kept(self, param: Tensor, entry: Mapping[str, Any] | None = None) -> dict[str, Kind]:
+        """What the chain keeps of a parameter, by name; `entry` stands for its state."""
+        role = self.roles.role[param]
+        entry = self.state.get(param, {}) if entry is None else entry
         kept: dict[str, Kind] = {}
         for link in self.chain:
             for name, kind in link.state(role, entry).items():
@@ -321,12 +323,25 @@ class ChainOptimizer(torch.optim.Optimizer):
             _warn_once(problem)
         return problem is None
 
+    def _compiles(self, variant: Variant) -> bool:
+        """Whether machine code runs the tensors of a variant."""
+        return self._may_compile and availability.fits(variant.device, variant.dtype)
+
+    def _make_programs(self, turns: Sequence[Turn]) -> None:
+        """Make what is missing of the programs for this step, and for when state has settled: no
+        later step has to wait for the compiler."""
+        settled = {name: value for link in self.chain for name, value in link.settled.items()}
+        variants = []
+        for batch in (turn.batch for turn in turns):
+            if batch not in self._native and self._compiles(batch.variant):
+                variants += [batch.variant, self.variant(batch.params[0], settled)]
+        if variants:
+            compile_all(self.chain, variants)
+
     def _look(self, turn: Turn) -> Look | None:
         """Machine code's look at gradients; None where PyTorch's operations run the step."""
         batch = turn.batch
-        if not self._may_compile or not availability.fits(
-            batch.variant.device, batch.variant.dtype
-        ):
+        if not self._compiles(batch.variant):
             return None
         if batch not in self._native:
             self._native[batch] = NativeChain(self.chain, batch, self.roles.lora_pairs)
@@ -376,13 +391,13 @@ class ChainOptimizer(torch.optim.Optimizer):
         for technique in ending:
             technique.conclude(overview)
 
-    def variant(self, param: Tensor) -> Variant:
-        """What decides with which others a parameter runs."""
+    def variant(self, param: Tensor, entry: Mapping[str, Any] | None = None) -> Variant:
+        """What decides with which others a parameter runs; `entry` stands for its state."""
         low = param.dtype in (torch.bfloat16, torch.float16)
         return Variant(
             device=param.device,
             dtype=param.dtype,
-            kept=tuple(self.kept(param).items()),
+            kept=tuple(self.kept(param, entry).items()),
             quantized=self.uses_8bit(param),
             stochastic=low and self.bf16_rounding == "stochastic",
         )

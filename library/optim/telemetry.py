@@ -1,4 +1,4 @@
-"""What a run can ask an optimizer about its last step."""
+"""What a run can ask an optimizer: of its last step, of what it has found, of how it is set."""
 
 from __future__ import annotations
 
@@ -15,12 +15,24 @@ _BY_ROLE = ("effective_lr", "weight_decay")
 
 
 @runtime_checkable
-class _TellsPairs(Protocol):
-    """An optimizer that says what it found by name."""
+class _TellsItself(Protocol):
+    """An optimizer that says how it is set."""
 
     def get_optimization_info(self) -> dict[str, Any]: ...
 
+
+@runtime_checkable
+class _TellsPairs(_TellsItself, Protocol):
+    """An optimizer that says what it found by name."""
+
     def diagnose_lora_pairing(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class _Adapts(_TellsItself, Protocol):
+    """An optimizer that finds out by itself."""
+
+    def snapshot(self) -> dict[str, Any]: ...
 
 
 def optimizer_report(optimizer: Any) -> dict[str, float]:
@@ -31,7 +43,8 @@ def optimizer_report(optimizer: Any) -> dict[str, float]:
 
     `effective_lr/<role>` (lr times the pair's factor), `weight_decay/<role>`, and what the chain's
     techniques note: `tam/alignment` (ŝ), `cautious/masked_share` (share of elements that did not
-    move), `spd/projected_share` (share of tensors pulled back).
+    move), `spd/projected_share` (share of tensors pulled back), `lr_mask/factor` (the factor on lr
+    of mask and adaptation together), `importance/…` (what importance is measured by).
 
     Args:
         optimizer: any optimizer, also one wrapped by accelerate.
@@ -62,20 +75,42 @@ def _in_one_copy(tensors: list[Tensor]) -> list[float]:
     return figures
 
 
+def optimizer_snapshot(optimizer: Any) -> dict[str, Any] | None:
+    """What an optimizer has found of each parameter so far, in JSON's types (keys: see
+    `adaptive_reports.snapshot`); None for optimizers that look for nothing. Not for every step.
+
+    Args:
+        optimizer: any optimizer, also one wrapped by accelerate.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(optimizer, ChainOptimizer) or not isinstance(optimizer, _Adapts):
+        return None
+    return optimizer.snapshot()
+
+
 def optimizer_summary(optimizer: Any) -> list[str]:
     """What the log should say of an optimizer when a run begins; empty for other libraries'.
 
-    The techniques that are on, how many LoRA and LoKr pairs were found by name and out of how many
-    halves, and which halves have no partner.
+    The techniques that are on. How many LoRA and LoKr pairs were found by name and out of how many
+    halves, and which halves have no partner; or what will be found out, and when.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(optimizer, _TellsPairs):
+    if not isinstance(optimizer, ChainOptimizer) or not isinstance(optimizer, _TellsItself):
         return []
     info = optimizer.get_optimization_info()
     switches = [name for name, value in info["features"].items() if value is True]
-    lora, lokr = info["lora_stats"], info["lokr_stats"]
     bits = info["features"]["optim_bits"]
     lines = [f"techniques on: {', '.join(switches) or 'none'}; {bits}-bit state"]
+    if isinstance(optimizer, _TellsPairs):
+        lines += _pairs(info, optimizer.diagnose_lora_pairing()["unpaired"])
+    if isinstance(optimizer, _Adapts):
+        lines += _plans(info)
+    return lines
+
+
+def _pairs(info: dict[str, Any], unpaired: list[dict[str, Any]]) -> list[str]:
+    lora, lokr = info["lora_stats"], info["lokr_stats"]
+    lines = []
     if lora["lora_a_params"] or lora["lora_b_params"]:
         lines.append(
             f"LoRA pairs found: {lora['lora_pairs']} (of {lora['lora_a_params']} down and "
@@ -86,6 +121,24 @@ def optimizer_summary(optimizer: Any) -> list[str]:
             f"LoKr pairs found: {lokr['lokr_pairs']} of {lokr['lokr_groups']} modules "
             f"({lokr['lokr_w1_params']} w1 and {lokr['lokr_w2_params']} w2 tensors)"
         )
-    unpaired = optimizer.diagnose_lora_pairing()["unpaired"]
-    lines += [f"without a partner: {u['name']} {list(u['shape'])}: {u['reason']}" for u in unpaired]
+    return lines + [
+        f"without a partner: {u['name']} {list(u['shape'])}: {u['reason']}" for u in unpaired
+    ]
+
+
+def _plans(info: dict[str, Any]) -> list[str]:
+    """What an optimizer that adapts is going to do."""
+    lines = []
+    if info["features"]["use_dynamic_adaptation"]:
+        interval = info["adaptation_config"]["relationship_discovery_interval"]
+        lines.append(
+            f"relations are looked for every {interval} steps, first at step {interval}; "
+            "importance is measured at every step"
+        )
+    if info["features"]["use_lr_mask"]:
+        mask = info["lr_mask_config"]
+        lines.append(
+            f"lr_mask moves until step {mask['warmup_steps']}, by {mask['lr_bump']:g} a step "
+            f"between {mask['min_lr']:g} and {mask['max_lr']:g}"
+        )
     return lines

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from functools import lru_cache
@@ -24,6 +25,7 @@ _HEADERS = ("lanes.h", "call.h", "products.h", "driver.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 
 _compilations = 0
+_counting = threading.Lock()
 
 
 class CompilerError(RuntimeError):
@@ -102,7 +104,8 @@ def _compile(source: str, path: Path) -> None:
             file.write(made.read_bytes())
         os.chmod(aside, 0o755)
         os.replace(aside, path)
-    _compilations += 1
+    with _counting:
+        _compilations += 1
     logger.info("Compiled the optimizer's step in %.1f s.", time.perf_counter() - start)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -151,9 +153,26 @@ def _call(count: int, **arrays: Tensor) -> _Call:
     return _Call(tensors=count, threads=torch.get_num_threads(), **where)
 
 
+def compile_all(chain: Sequence[Technique], variants: Sequence[Variant]) -> None:
+    """Make the machine code of several programs at the same time.
+
+    Raises:
+        CompilerError: the compiler refused one.
+        UntranslatableError: a technique has a line without translation.
+    """
+    sources = {_program(tuple(chain), variant).source for variant in variants}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(build.load, sources))
+
+
+@lru_cache(maxsize=64)
+def _program(chain: tuple[Technique, ...], variant: Variant) -> Program:
+    return translate(chain, variant)
+
+
 @lru_cache(maxsize=64)
 def _load(chain: tuple[Technique, ...], variant: Variant) -> tuple[Program, ctypes.CDLL]:
-    program = translate(chain, variant)
+    program = _program(chain, variant)
     code = build.load(program.source)
     for function in (code.look_at_all, code.advance_all):
         function.argtypes = [ctypes.POINTER(_Call)]

@@ -109,6 +109,9 @@ class Technique:
     """
 
     uses_pair_norm: ClassVar[bool] = False
+    settled: ClassVar[Mapping[str, Any]] = {}
+    """Where state takes another form: what of an entry tells `state` that it has. The program for
+    that is made together with the first."""
 
     def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
         """What is kept of a parameter with this role, by name. Everything starts at zero, but for
