@@ -253,6 +253,31 @@ def test_each_of_the_four_products_is_recognised():
         assert related[0].compatibility == pytest.approx(compatibility(fitting, 1.0), abs=1e-6)
 
 
+def test_the_most_alike_is_the_partner_even_if_more_products_fit_another():
+    torch.manual_seed(0)
+    up, down = torch.randn(60, 40, requires_grad=True), torch.randn(40, 50, requires_grad=True)
+    (up @ down).sin().sum().backward()
+    twin, nearly = up.detach().clone(), up.grad * (1 + 0.01 * torch.randn(60, 40))
+    related = found_in([up, down, twin], [up.grad, down.grad, nearly])
+    assert related[0].partner == 1
+    assert related[1].partner == 0
+    assert related[2].partner in (0, 1)  # all but the same matrix as one that has a partner
+
+
+def test_whole_traces_of_the_same_side_are_compared():
+    """Of rank 2, with gradients so inexact that the two numbers of a diagonal would not do."""
+    torch.manual_seed(0)
+    for product, shape in (("P·Qᵀ", (30, 2)), ("Pᵀ·Q", (2, 30))):
+        matrices = [torch.randn(shape, requires_grad=True) for _ in range(80)]
+        for p, q in zip(matrices[::2], matrices[1::2], strict=True):
+            multiply(product, p, q).sin().sum().backward()
+        grads = [p.grad * (1 + 4e-3 * torch.randn(shape)) for p in matrices]
+        related = found_in(matrices, grads)
+        right = [k for k, each in related.items() if each.partner == k ^ 1]
+        assert len(right) > 0.9 * len(matrices)
+        assert {PRODUCTS[related[k].product] for k in right} == {product}
+
+
 def test_names_decide_first():
     """Even where gradients say nothing, or something else."""
     up, down, other = drawn((30, 4), (4, 20), (4, 20))
@@ -280,6 +305,13 @@ def test_matrices_with_correlated_entries_are_found():
     likeness = float(torch.corrcoef(entries)[0, 1].abs())
     assert related[1].compatibility == pytest.approx(compatibility(2, likeness), rel=1e-6)
     assert found_in(matrices, silent, threshold=compatibility(2, likeness) + 1e-6).keys() <= {2, 7}
+
+
+def test_both_of_a_correlated_pair_tell_the_same_product():
+    one = drawn((12, 20))[0]
+    related = found_in([one, 2 * one.view(20, 12)], [torch.zeros(12, 20), torch.zeros(20, 12)])
+    assert PRODUCTS[related[0].product] == "P·Q"
+    assert PRODUCTS[related[1].product] == "Q·P"
 
 
 def test_a_correlation_of_the_first_entries_alone_is_none():

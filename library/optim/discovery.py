@@ -27,7 +27,7 @@ _SHAPE, _LIKENESS = 0.7, 0.3  # how much each counts for compatibility
 _WHOLE = 32  # rows or columns up to which the whole trace is taken, too, and not its diagonal alone
 # Beyond this distance traces are not of one product, however unlikely chance is: products computed
 # in bfloat16 stay below 1e-4, what modules that learn much the same have in common above 3e-3.
-_FARTHEST = 2e-2
+_FARTHEST = 5e-4
 _FEW = 64  # entries of a trace
 _CHANCE = 0.01  # that any of the others comes as near as is still taken for one
 _SAMPLE = 512  # entries from which the correlation of two matrices is guessed
