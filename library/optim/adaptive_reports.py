@@ -168,7 +168,7 @@ class _Mask(NamedTuple):
 
     Args:
         moves: whether they still do.
-        factors: on lr, each once, float64.
+        factors: on lr, those that elements have, float64.
         counts: of the elements that have each.
     """
 

@@ -22,14 +22,14 @@ class _TellsItself(Protocol):
 
 
 @runtime_checkable
-class _TellsPairs(_TellsItself, Protocol):
+class _TellsPairs(Protocol):
     """An optimizer that says what it found by name."""
 
     def diagnose_lora_pairing(self) -> dict[str, Any]: ...
 
 
 @runtime_checkable
-class _Adapts(_TellsItself, Protocol):
+class _Adapts(Protocol):
     """An optimizer that finds out by itself."""
 
     def snapshot(self) -> dict[str, Any]: ...
