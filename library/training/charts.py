@@ -1,4 +1,5 @@
-"""Line charts as SVG text: small, without scripts, in the colours of the page around them.
+"""Line charts and histograms as SVG text: small, without scripts, in the colours of the page
+around them.
 
 Colours are CSS variables (`--ink`, `--muted`, `--line`, `--c0` … `--c7`): a page defines them for
 light and dark. `standalone` makes a file of its own out of charts, with such a definition in it.
@@ -35,6 +36,7 @@ CHART_STYLE = f"""
 .chart .grid {{ stroke: var(--line); stroke-width: 1; }}
 .chart .curve {{ fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }}
 .chart .faint {{ stroke-width: 1; opacity: 0.4; }}
+.chart .filled {{ stroke-width: 1.4; stroke-linejoin: miter; fill-opacity: 0.22; }}
 """
 
 
@@ -46,6 +48,15 @@ class Line:
     xs: Sequence[float]
     ys: Sequence[float]
     style: Literal["plain", "faint", "dots"] = "plain"
+    colour: int = 0
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One distribution: how much lies in each bin."""
+
+    label: str
+    amounts: Sequence[float]
     colour: int = 0
 
 
@@ -71,6 +82,11 @@ class Axis:
         """About as many round values as `wanted`."""
         if self.logarithmic:
             powers = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
+            around = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
+            between = [10.0**power * factor for power in around for factor in (1, 2, 5)]
+            between = [value for value in between if self.low <= value <= self.high]
+            if len(powers) < 3 and 1 < len(between) <= 2 * wanted:
+                return between
             if len(powers) > 1:
                 stride = -(-len(powers) // wanted)
                 return [10.0**power for power in powers[::stride]]
@@ -87,31 +103,69 @@ def line_chart(
     width: int = 460,
     height: int = 250,
     y_from_zero: bool = False,
+    y_log: bool = False,
 ) -> str:
     """A chart of `lines` over steps, as an `<svg>` element; empty text without any finite value.
 
-    The y-axis is logarithmic where the lines lie more than two powers of ten apart. Single raw
-    values far off are cut, so that they don't flatten the rest.
+    The y-axis is logarithmic where the lines lie more than two powers of ten apart, and where
+    `y_log` says so of values that are all above zero. Single raw values far off are cut, so that
+    they don't flatten the rest.
     """
     lines = [finite for line in lines if (finite := _finite(line)).xs]
     if not lines:
         return ""
     legend, legend_height = _legend(lines, width)
     top = 30 + legend_height
-    y_axis = _y_axis(lines, height - 26, top, y_from_zero)
+    y_axis = _y_axis(lines, height - 26, top, y_from_zero, y_log)
     labels = [(value, format_number(value)) for value in y_axis.ticks(4)]
     left = 14 + LETTER_WIDTH * max(len(text) for _, text in labels)
     x_axis = _x_axis(lines, left, width - 14)
-    parts = [
+    curves = [_draw(line, x_axis, y_axis) for line in lines]
+    return _chart(title, width, height, [legend, *_grid(x_axis, y_axis, labels, width), *curves])
+
+
+def histogram(
+    title: str, edges: Sequence[float], bars: Sequence[Bars], width: int = 460, height: int = 250
+) -> str:
+    """Distributions over the same bins as shares of their sums, as an `<svg>` element; empty text
+    where nothing was counted.
+
+    Args:
+        edges: of the bins, all above zero; they are evenly wide on the logarithmic axis.
+    """
+    bars = [each for each in bars if sum(each.amounts) > 0]
+    if not bars:
+        return ""
+    legend, legend_height = _legend(
+        [Line(each.label, (), (), colour=each.colour) for each in bars], width
+    )
+    highest = max(max(each.amounts) / sum(each.amounts) for each in bars)
+    y_axis = Axis(0.0, 105 * highest, height - 26, 30 + legend_height)
+    labels = [(value, f"{format_number(value)} %") for value in y_axis.ticks(max(2, height // 60))]
+    left = 14 + LETTER_WIDTH * max(len(text) for _, text in labels)
+    x_axis = Axis(edges[0], edges[-1], left, width - 14, logarithmic=True)
+    outlines = [_outline(each, edges, x_axis, y_axis) for each in bars]
+    return _chart(title, width, height, [legend, *_grid(x_axis, y_axis, labels, width), *outlines])
+
+
+def _chart(title: str, width: int, height: int, parts: Sequence[str]) -> str:
+    head = (
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">',
-        f'<text class="title" x="0" y="14">{escape(title)}</text>',
-        legend,
-        *_grid(x_axis, y_axis, labels, width),
-        *(_draw(line, x_axis, y_axis) for line in lines),
-        "</svg>",
-    ]
-    return "\n".join(part for part in parts if part)
+        f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">'
+    )
+    heading = f'<text class="title" x="0" y="14">{escape(title)}</text>'
+    return "\n".join([head, heading, *(part for part in parts if part), "</svg>"])
+
+
+def _outline(bars: Bars, edges: Sequence[float], x_axis: Axis, y_axis: Axis) -> str:
+    """The bins' tops from left to right, closed along the axis."""
+    total = sum(bars.amounts)
+    path = f"M{x_axis.start:.1f} {y_axis.start:.1f}"
+    for amount, right in zip(bars.amounts, edges[1:], strict=True):
+        path += f"V{y_axis.place(100 * amount / total):.1f}H{x_axis.place(right):.1f}"
+    colour = f"var(--c{bars.colour % COLOURS})"
+    style = f"stroke: {colour}; fill: {colour}"
+    return f'<path class="filled" style="{style}" d="{path}V{y_axis.start:.1f}Z"/>'
 
 
 def standalone(charts: Sequence[str], width: int, height: int) -> str:
@@ -163,7 +217,9 @@ def _finite(line: Line) -> Line:
     return Line(line.label, [x for x, _ in points], [y for _, y in points], line.style, line.colour)
 
 
-def _y_axis(lines: Sequence[Line], bottom: float, top: float, from_zero: bool) -> Axis:
+def _y_axis(
+    lines: Sequence[Line], bottom: float, top: float, from_zero: bool, logarithmic: bool
+) -> Axis:
     values: list[float] = []
     for line in lines:
         ordered = sorted(line.ys)
@@ -171,7 +227,8 @@ def _y_axis(lines: Sequence[Line], bottom: float, top: float, from_zero: bool) -
         values += ordered[cut : len(ordered) - cut]
     low, high = min(values), max(values)
     medians = [sorted(line.ys)[len(line.ys) // 2] for line in lines]
-    if low > 0 and max(medians) > 100 * min(medians):
+    far_apart = low > 0 and max(medians) > 100 * min(medians)
+    if far_apart or (logarithmic and 0 < low < high):
         return Axis(low, high, bottom, top, logarithmic=True)
     if from_zero:
         low = min(low, 0.0)

@@ -29,6 +29,7 @@ from library.training.plan import Plan
 from library.training.processes import average_gradients, gather, mean_over_processes
 from library.training.report import Report
 from library.training.sampling import Sampler, should_sample
+from library.training.snapshots import Snapshots
 from library.training.state import (
     Progress,
     TrainingState,
@@ -56,6 +57,7 @@ class Loop:
     validation: Validation | None
     plan: Plan
     progress: Progress
+    snapshots: Snapshots | None  # in the first process
     # These two need the loop itself.
     checkpoints: Checkpoints = field(init=False)
     sampler: Sampler | None = None
@@ -131,7 +133,7 @@ class Loop:
         if norm is not None:
             self._stop_unless_finite(norm, step, paths)
             extras["norm/gradient"] = norm
-        self._update(step, paths)
+        self._update(step, paths, stops=stopping > 0)
         extras["norm/weights"] = get_total_norm(self.parameters).item()
         if self.options.scale_weight_norms:
             keys, mean_norm, max_norm = self._scale_weight_norms()
@@ -149,11 +151,14 @@ class Loop:
         )
         return stopping > 0
 
-    def _update(self, step: int, paths: list[str]) -> None:
+    def _update(self, step: int, paths: list[str], stops: bool) -> None:
         try:
             self.optimizer.step()
         except NonFiniteGradientError as error:  # nothing was changed
             raise self._non_finite(step, paths, str(error)) from error
+        if self.snapshots is not None and (stops or self.snapshots.due(step)):
+            # With the learning rate that this step had, before the schedule moves on.
+            self.snapshots.take(self.bare_optimizer, step)
         if not self.optimizer.step_was_skipped:  # fp16: the scaler skips while it finds its scale
             self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,10 @@ log = logging.getLogger(__name__)
 def leave_report(loop: Loop, adapter_file: Path) -> list[Path]:
     """Write `report.html` and the curves beside the adapter; returns all that the run wrote."""
     options = loop.options
+    snapshots = loop.snapshots.written() if loop.snapshots is not None else []
     files = [adapter_file, *_before_and_after(loop.report.samples)]
+    if loop.snapshots is not None and snapshots:
+        files.insert(1, loop.snapshots.path)
     run = Run(
         name=options.output_name or "last",
         summary=_summary(loop),
@@ -27,6 +30,7 @@ def leave_report(loop: Loop, adapter_file: Path) -> list[Path]:
         samples=loop.report.samples,
         facts=_facts(loop),
         files=files,
+        snapshots=snapshots,
     )
     return [*files, *write_report(run, Path(options.output_dir or "."))]
 

@@ -20,8 +20,10 @@ from library.training.charts import CHART_STYLE, PALETTE, Line, line_chart, smoo
 from library.training.files import write_atomically
 from library.training.options import OPTIONS, Options
 from library.training.report import Series
+from library.training.report_adaptation import adaptation
 from library.training.report_style import PAGE_STYLE
 from library.training.sampling import Sample
+from library.training.snapshots import Snapshot
 from library.training.trackers import SECRETS
 
 LARGEST_PICTURE = 512  # pixels; larger samples are shown smaller, the files stay as they are
@@ -36,12 +38,15 @@ TITLES = {
     "tam": "Torque-aware momentum",
     "cautious": "Cautious updates",
     "spd": "Selective projection",
+    "lr_mask": "Factor on the learning rate, of mask and adaptation",
+    "importance": "What importance is measured by",
 }
 
 
 @dataclass
 class Run:
-    """What the page tells. `facts` are (name, value) pairs in words; `files` what was written."""
+    """What the page tells. `facts` are (name, value) pairs in words; `files` what was written;
+    `snapshots` what the optimizer has found, oldest first."""
 
     name: str
     summary: str
@@ -50,6 +55,7 @@ class Run:
     samples: Sequence[Sample] = ()
     facts: Sequence[tuple[str, str]] = ()
     files: Sequence[Path] = ()
+    snapshots: Sequence[Snapshot] = ()
     finished: float = field(default_factory=time.time)  # seconds since 1970
 
 
@@ -79,6 +85,7 @@ def render(run: Run, files: Sequence[Path], folder: Path) -> str:
         _facts(run.facts),
         _pictures(run.samples),
         _curves(run.series),
+        adaptation(run.snapshots),
         _files(files, folder),
         _settings(run.options),
     ]

@@ -43,6 +43,14 @@ td { padding: 9px 16px; border-top: 1px solid var(--line); overflow-wrap: anywhe
 tr:first-child td { border-top: 0; }
 td:last-child { color: var(--muted); text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
+.figures { border: 0; border-radius: 0; font-size: 13px; }
+.figures caption { margin-bottom: 8px; text-align: left; font-weight: 600; }
+.figures th { color: var(--muted); font-weight: 400; text-align: left; vertical-align: bottom; }
+.figures th, .figures td { padding: 5px 12px 5px 0; }
+.figures td { font-variant-numeric: tabular-nums; }
+.figures td:last-child { color: var(--ink); }
+.figures td:last-child, .figures th:last-child { padding-right: 0; text-align: right; }
+.listed { margin-top: 16px; }
 pre { margin: 0; padding: 16px; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; overflow-x: auto; font: 13px/1.6 ui-monospace, Consolas, monospace; }
 details pre { margin-top: 10px; }

@@ -34,6 +34,7 @@ from library.training.provenance import Provenance
 from library.training.report import Report
 from library.training.sampling import Sampler, read_prompts
 from library.training.settle import settle
+from library.training.snapshots import Snapshots
 from library.training.state import Progress, load_state, saved_progress
 from library.training.text import TextEncoding
 from library.training.validation import Validation
@@ -166,6 +167,7 @@ def assemble(
         else Validation(options, accelerator, run.validation_data),
         plan=plan,
         progress=start,
+        snapshots=_snapshots(options, plan, start) if accelerator.is_main_process else None,
     )
     if options.resume:
         loop.restore(load_state(Path(options.resume)))
@@ -204,6 +206,12 @@ def _checkpoints(loop: Loop, run: CheckedRun, kind: Kind, optimizer_text: str) -
         total_epochs=loop.plan.epochs,
         is_main=loop.accelerator.is_main_process,
     )
+
+
+def _snapshots(options: Options, plan: Plan, start: Progress) -> Snapshots:
+    """What the optimizer finds, beside the adapter; a resumed run goes on with the file."""
+    path = Path(options.output_dir or ".") / f"{options.output_name or 'last'}-optimizer.jsonl"
+    return Snapshots(path, plan.steps, resumed_at=start.step if options.resume else None)
 
 
 def _sampler(loop: Loop, model: DiffusionModel) -> Sampler | None:
