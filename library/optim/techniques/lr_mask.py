@@ -151,7 +151,8 @@ class LRMask(Technique):
 
     def tally(self, entry: Mapping[str, Any], lr: float) -> tuple[Tensor, Tensor] | None:
         """What lr is multiplied with at this learning rate, adaptation aside: the factors that
-        elements have, float64, and how many elements have each. None as for `masks`.
+        elements have, float64, and how many elements have each. None as for `masks`. At an lr of 0,
+        where a schedule may end, they are those of the highest lr.
 
         Masks are counted as the whole numbers that hold them, which takes a twentieth of the time
         that it takes to compute all.
@@ -160,6 +161,7 @@ class LRMask(Technique):
         if held is None:
             return None
         codes, *origin = held
+        lr = lr or float(entry["lr_top"])
         least = codes.min()
         counts = torch.bincount((codes - least).flatten())
         (seen,) = counts.nonzero(as_tuple=True)
