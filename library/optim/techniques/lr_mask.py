@@ -52,7 +52,7 @@ class LRMask(Technique):
         warmup_steps: from this step of a parameter on its mask is frozen.
     """
 
-    settled = {"lr_mask": torch.empty(0, dtype=torch.uint8)}
+    settled: ClassVar = {"lr_mask": torch.empty(0, dtype=torch.uint8)}
     MOST_BUMPS: ClassVar[int] = (1 << (15 - _SIGN_BITS)) - 1  # what a sign leaves of 16 bits
 
     def __init__(self, bump: float, low: float, high: float, warmup_steps: int) -> None:
