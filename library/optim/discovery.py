@@ -191,8 +191,9 @@ def _compare(
     for start in range(0, len(left), _ROWS):
         piece, own = left[start : start + _ROWS], whose[start : start + _ROWS]
         sizes = piece.square().sum(1, keepdim=True) + squares
+        sizes.clamp_min_(torch.finfo(sizes.dtype).tiny)
         # ‖x − y‖²/(‖x‖² + ‖y‖²), and 1 where both are zero
-        distance = 1 - 2 * (piece @ right.mT) / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+        distance = (piece @ right.mT).mul_(-2).div_(sizes).add_(1)
         distance[own.unsqueeze(1) == candidates] = 1.0
         yield from _near(own, candidates, *distance.min(1), farthest, products[0])
         least, row = distance.min(0)
@@ -226,7 +227,8 @@ def _alike_entries(matrices: Mapping[int, Tensor]) -> Iterator[_Match]:
         sample = torch.stack([flat[index][:length].float().cpu() for index in longer])
         sample -= sample.mean(1, keepdim=True)
         sample /= sample.norm(dim=1, keepdim=True).clamp_min(torch.finfo(sample.dtype).tiny)
-        own = sample[[longer.index(index) for index in shorter]]
+        place = {index: row for row, index in enumerate(longer)}
+        own = sample[[place[index] for index in shorter]]
         for start in range(0, len(own), _ROWS):
             guess = (own[start : start + _ROWS] @ sample.mT).abs()
             for row, column in (guess >= 0.9 * _CORRELATED).nonzero().tolist():
