@@ -163,7 +163,7 @@ def test_the_norm_is_that_of_the_product_when_partners_were_looked_for():
     optimizer = adaptive(adapter)
     run(adapter, optimizer, 1, INTERVAL - 1)
     formed = [
-        float(torch.linalg.norm(layer.lora_up.weight @ layer.lora_down.weight))
+        float(torch.linalg.norm((layer.lora_up.weight @ layer.lora_down.weight).detach()))
         for layer in adapter.layers
         for _ in range(2)
     ]
