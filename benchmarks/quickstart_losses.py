@@ -82,7 +82,7 @@ def train(optimizer: str, lr: float, steps: int, seed: int) -> float:
             command += ["--optimizer_args", *more]
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
         ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if ran.returncode and "NaN" in ran.stderr:
+        if ran.returncode and "NaN or infinite" in ran.stderr:
             return math.nan
         if ran.returncode:
             raise RuntimeError(ran.stderr[-4000:])
@@ -98,7 +98,7 @@ def last_validation_loss(folder: Path) -> float:
         if "loss/validation/step_average" in events.Tags()["scalars"]:
             found = events.Scalars("loss/validation/step_average")
             values += [(event.step, event.value) for event in found]
-    return max(values)[1]
+    return max(values, key=lambda found: found[0])[1]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ differ by a hundred. AdaptiveHinaAdamW with all defaults takes its steps in turn
 AdamW on copies with the same gradients; its mean step, discoveries included, is compared with the
 other's.
 
-Then true partners are looked for in four ways: by the compatibility that is usual (shapes, and the
-correlation of entries) alone; by discovery without names; the same on gradients rounded to
-bfloat16; and by discovery with names.
+Then true partners are counted: by the compatibility that is usual (shapes, and the correlation of
+entries) alone; in the run and after it, by discovery without names; the same on gradients rounded
+to bfloat16; and by discovery with names.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ def effective_lr(optimizer: AdaptiveHinaAdamW, relations: bool = True) -> float:
     """The mean over tensors of what acted in the last step, by what lr_mask alone would give."""
     told = optimizer.get_relationship_summary()["relationships"]
     scale = {one["param_index"]: relation_factor(one) for one in told} if not relations else {}
-    acted = torch.cat([record.values["effective_lr"] for record in optimizer.last_step])
+    acted = torch.zeros(len(optimizer.roles.position), dtype=torch.float64)
+    for batch, record in zip(optimizer._batches, optimizer.last_step, strict=True):
+        acted[batch.position_index] = record.values["effective_lr"]
     scales = torch.tensor([scale.get(index, 1.0) for index in range(len(acted))])
     masks = [one["avg_lr_scale"] for one in optimizer.get_lr_mask_analysis()["parameter_analysis"]]
     return float((acted / scales).mean()) / (LR * statistics.mean(masks))

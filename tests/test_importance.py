@@ -163,6 +163,12 @@ def order(values: list[float]) -> list[int]:
     return sorted(range(len(values)), key=values.__getitem__)
 
 
+def shared_out(importance: list[float], strength: float) -> Tensor:
+    """Factors of parameters that all count the same."""
+    values = torch.tensor(importance, dtype=torch.float64)
+    return fair_factors(values, strength, torch.ones_like(values))
+
+
 @given(
     st.lists(
         st.one_of(st.just(0.0), st.floats(-300, 3).map(lambda power: 10.0**power)),
@@ -173,7 +179,7 @@ def order(values: list[float]) -> list[int]:
 )
 @settings(max_examples=300, deadline=None)
 def test_factors_have_the_strength_as_their_mean(importance: list[float], strength: float):
-    found = fair_factors(torch.tensor(importance, dtype=torch.float64), strength).tolist()
+    found = shared_out(importance, strength).tolist()
     strength = min(max(strength, LEAST), MOST)
     assert sum(found) / len(found) == pytest.approx(strength, rel=1e-9)
     assert all(LEAST <= factor <= MOST for factor in found)
@@ -183,6 +189,35 @@ def test_factors_have_the_strength_as_their_mean(importance: list[float], streng
     assert found == pytest.approx(bisected(floored, strength), rel=1e-6)
 
 
+@given(
+    st.lists(st.tuples(st.floats(0, 20), st.floats(0.001, 10)), min_size=1, max_size=20),
+    st.floats(0.1, 3.0),
+)
+def test_the_mean_counts_what_acts_within_each_parameter(pairs: list[tuple[float, float]], wanted):
+    importance, weights = (
+        torch.tensor(each, dtype=torch.float64) for each in zip(*pairs, strict=True)
+    )
+    found = fair_factors(importance, wanted, weights)
+    assert float((found * weights).sum() / weights.sum()) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_masks_that_go_with_importance_leave_the_mean_rate_as_it_is():
+    """Large gradients of one sign, whose masks rise, and small ones that turn."""
+    params = parameters(*drawn(*[(8, 6)] * 20))
+    optimizer = AdaptiveHinaAdamW(params, lr=1e-4, relationship_discovery_interval=999)
+    for step in range(80):  # later mask times importance would come to the limit of 10
+        for k, (p, noise) in enumerate(zip(params, drawn(*[(8, 6)] * 20, seed=step), strict=True)):
+            p.grad = (noise.abs() + 1) * (k + 1) if k % 2 else 0.01 * noise
+        optimizer.step()
+        values = optimizer.last_step[0].values
+        masks = [
+            one["avg_lr_scale"] for one in optimizer.get_lr_mask_analysis()["parameter_analysis"]
+        ]
+        mean = float(values["effective_lr"].mean()) / (1e-4 * sum(masks) / len(masks))
+        assert mean == pytest.approx(1, abs=0.01)
+    assert max(masks) > 3 * min(masks)
+
+
 @pytest.mark.parametrize(
     "importance",
     [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1e-320, 4.0], [1.0, 1.3, 1e-312], [1e9], [0.3, 0.1, 1e-20]],
@@ -190,7 +225,7 @@ def test_factors_have_the_strength_as_their_mean(importance: list[float], streng
 @pytest.mark.parametrize("strength", [0.5, 1.0, 2.9])
 def test_importances_that_have_all_but_gone(importance: list[float], strength: float):
     """A parameter that never moves loses its importance by powers of the decay."""
-    found = fair_factors(torch.tensor(importance, dtype=torch.float64), strength)
+    found = shared_out(importance, strength)
     assert float(found.mean()) == pytest.approx(strength, rel=1e-12)
 
 

@@ -140,14 +140,17 @@ def test_updates_are_multiplied_by_the_masks(backend, warmup_steps, schedule):
 
 
 def check_report(
-    optimizer: AdaptiveHinaAdamW, factors: Sequence[Tensor], rates: Sequence[float]
+    optimizer: AdaptiveHinaAdamW,
+    factors: Sequence[Tensor],
+    rates: Sequence[float],
+    pace: float = 1.0,
 ) -> None:
     """The report has the means over the tensors' elements, whatever lies behind their ends. (That
     is taken off a sum over whole blocks: of a single element's factor it leaves four digits.)"""
     means = [float(factor.double().mean()) for factor in factors]
     effective = [rate * mean for rate, mean in zip(rates, means, strict=True)]
     report = optimizer_report(optimizer)
-    assert report["lr_mask/factor"] == pytest.approx(sum(means) / len(means), rel=1e-4)
+    assert report["lr_mask/factor"] == pytest.approx(sum(means) / len(means) / pace, rel=1e-4)
     assert report["effective_lr/regular"] == pytest.approx(
         sum(effective) / len(effective), rel=1e-4
     )
@@ -166,7 +169,7 @@ def test_mask_and_pace_together_are_limited(backend, pace):
         lr = 5e-5 * min(step // 3, 3) * (0.9 ** max(step - 25, 0))
         factors, rates = run.advance(step, lr)
         if lr:
-            check_report(run.optimizer, factors, rates)
+            check_report(run.optimizer, factors, rates, pace)
             limited["below"] += int((factors[0] == 0.001).sum())
             limited["above"] += int((factors[0] == 10).sum())
     assert run.error() < ROUNDING

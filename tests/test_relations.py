@@ -141,7 +141,9 @@ def test_the_scale_acts_on_the_parameter(backend: str):
         adapter.loss(seed).backward()
         before = [p.detach().clone() for p in params]
         starts = [p.detach().clone() for p in copies]
-        shares = fair_factors(importances(optimizer.overview()), 1.0).tolist()
+        overview = optimizer.overview()
+        inner = overview.numbers("inner_pace", 1.0)
+        shares = fair_factors(importances(overview), 1.0, inner).tolist()
         for own, copied in zip(params, copies, strict=True):
             copied.grad = own.grad
         optimizer.step()

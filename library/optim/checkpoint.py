@@ -196,7 +196,7 @@ def _restore(
     if "step" in state:
         state["step"] = int(state["step"])  # other optimizers keep it as a tensor
     converted = set()
-    variant = optimizer.variant(param)
+    variant = optimizer.variant(param, state)
     for slot in variant.slots:
         name, kind = slot.name, slot.kind
         if kind not in QUANTIZABLE or name not in state:

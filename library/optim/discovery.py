@@ -127,8 +127,10 @@ class _Traces(NamedTuple):
 
 def _whole_traces(matrix: Tensor, gradient: Tensor) -> _Traces:
     """The traces of few rows or few columns."""
+    few_rows, few_columns = (size <= _WHOLE for size in matrix.shape)
+    if not few_rows and not few_columns:
+        return _Traces(None, None)
     p, g = matrix.float(), gradient.float()
-    few_rows, few_columns = (size <= _WHOLE for size in p.shape)
     return _Traces(
         (g @ p.mT).cpu() if few_rows else None, (p.mT @ g).cpu() if few_columns else None
     )
@@ -228,12 +230,13 @@ def _alike_entries(matrices: Mapping[int, Tensor]) -> Iterator[_Match]:
         sample -= sample.mean(1, keepdim=True)
         sample /= sample.norm(dim=1, keepdim=True).clamp_min(torch.finfo(sample.dtype).tiny)
         place = {index: row for row, index in enumerate(longer)}
-        own = sample[[place[index] for index in shorter]]
+        own_place = {index: place[index] for index in shorter}
+        own = sample[list(own_place.values())]
         for start in range(0, len(own), _ROWS):
             guess = (own[start : start + _ROWS] @ sample.mT).abs()
             for row, column in (guess >= 0.9 * _CORRELATED).nonzero().tolist():
                 one, other = shorter[start + row], longer[column]
-                if one != other:
+                if one < other or other not in own_place:  # a pair of one length once
                     yield from _correlated(one, other, matrices, len(flat))
 
 
@@ -280,8 +283,17 @@ def product_norms(
         case = (left, right, first, second)
         if case not in norms:
             p, q = matrices[left].float(), matrices[right].float()
-            p, q = p.mT if first else p, q.mT if second else q
-            gram = (q @ q.mT).to(p.device)
-            norms[case] = float(((p.mT @ p) * gram).sum().clamp_min(0).sqrt())
+            norms[case] = _product_norm(p.mT if first else p, q.mT if second else q)
         found[index] = norms[case]
     return found
+
+
+def _product_norm(p: Tensor, q: Tensor) -> float:
+    """‖P·Q‖_F, from some rows at a time of the two Gram matrices."""
+    total = 0.0
+    step = max(1, _PIECE // len(q))
+    for start in range(0, len(q), step):
+        piece = slice(start, start + step)
+        gram = (q[piece] @ q.mT).to(p.device)
+        total += float(((p[:, piece].mT @ p) * gram).sum())
+    return max(total, 0.0) ** 0.5

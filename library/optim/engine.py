@@ -330,11 +330,12 @@ class ChainOptimizer(torch.optim.Optimizer):
     def _make_programs(self, turns: Sequence[Turn]) -> None:
         """Make what is missing of the programs for this step, and for when state has settled: no
         later step has to wait for the compiler."""
-        settled = {name: value for link in self.chain for name, value in link.settled.items()}
+        forms = [form for link in self.chain for form in link.settled]
         variants = []
         for batch in (turn.batch for turn in turns):
             if batch not in self._native and self._compiles(batch.variant):
-                variants += [batch.variant, self.variant(batch.params[0], settled)]
+                settled = [self.variant(batch.params[0], form) for form in forms]
+                variants += [batch.variant, *settled]
         if variants:
             compile_all(self.chain, variants)
 

@@ -43,8 +43,8 @@ def optimizer_report(optimizer: Any) -> dict[str, float]:
 
     `effective_lr/<role>` (lr times the pair's factor), `weight_decay/<role>`, and what the chain's
     techniques note: `tam/alignment` (ŝ), `cautious/masked_share` (share of elements that did not
-    move), `spd/projected_share` (share of tensors pulled back), `lr_mask/factor` (the factor on lr
-    of mask and adaptation together), `importance/…` (what importance is measured by).
+    move), `spd/projected_share` (share of tensors pulled back), `lr_mask/factor` (the mean
+    factor of lr_mask on lr), `importance/…` (what importance is measured by).
 
     Args:
         optimizer: any optimizer, also one wrapped by accelerate.

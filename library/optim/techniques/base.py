@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, cast
 
@@ -14,6 +14,9 @@ from ..state import Kind
 
 TINY = torch.finfo(torch.float32).tiny
 """The smallest normal float32: keeps a division by a sum that may be zero defined."""
+
+INNER_PACE = "lr_mask/factor"
+"""Where the mean of the factors on lr that differ by element is reported, other factors aside."""
 
 
 class Layout(Protocol):
@@ -109,9 +112,9 @@ class Technique:
     """
 
     uses_pair_norm: ClassVar[bool] = False
-    settled: ClassVar[Mapping[str, Any]] = {}
-    """Where state takes another form: what of an entry tells `state` that it has. The program for
-    that is made together with the first."""
+    settled: Sequence[Mapping[str, Any]] = ()
+    """Where state takes another form: for each that it may take, what of an entry tells `state`
+    that it has. The programs for that are made together with the first."""
 
     def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
         """What is kept of a parameter with this role, by name. Everything starts at zero, but for

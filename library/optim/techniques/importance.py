@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..overview import Overview
-from .base import Technique, Work
+from .base import INNER_PACE, Technique, Work
 
 LEAST, MOST = 0.1, 3.0
 """The limits of the factor on lr (spec 1 §4)."""
@@ -32,6 +32,8 @@ class Importance(Technique):
 
     The factor is clamp(c·importance·strength, 0.1, 3), where c makes up for what the limits take
     away or add: the mean of the factor, over the parameters that take part, is `strength` itself.
+    Parameters count by the mean of what lr is multiplied with within them (`Work.inner_pace`, of
+    the step before), else a mask that is low where importance is high would lower the whole.
     So lr is redistributed, never shrunk as a whole. A parameter has the importance 1 until its
     first step is over. The last norms are weighted by powers of 0.9.
 
@@ -48,11 +50,11 @@ class Importance(Technique):
         self.strength = strength
 
     def prepare(self, overview: Overview) -> Tensor | None:
-        importance = importances(overview)
+        importance, inner = importances(overview), overview.numbers("inner_pace", 1.0)
         active = [param.grad is not None and param.numel() > 0 for param in overview.params]
         factors = torch.ones_like(importance)
         if any(active):
-            factors[active] = fair_factors(importance[active], self.strength)
+            factors[active] = fair_factors(importance[active], self.strength, inner[active])
         return factors
 
     def apply(self, work: Work) -> None:
@@ -68,7 +70,10 @@ class Importance(Technique):
     def conclude(self, overview: Overview) -> None:
         norm = overview.reported["importance/gradient_norm"]
         size = overview.reported["importance/parameter_norm"]
-        active = ~norm.isnan()
+        # NaN where there was no gradient; infinite where its square was too large for float32.
+        active = norm.isfinite() & size.isfinite()
+        if not bool(active.any()):
+            return
         start = overview.numbers("initial_norm", -1.0)
         start = torch.where((start < 0) & active, size, start)
         largest = torch.maximum(size, start)
@@ -83,6 +88,10 @@ class Importance(Technique):
         after = self.decay * before + (1 - self.decay) * raw
         overview.note("importance", torch.where(active, after, before))
         overview.note("initial_norm", start)
+        if INNER_PACE in overview.reported:
+            inner = overview.reported[INNER_PACE]
+            before = overview.numbers("inner_pace", 1.0)
+            overview.note("inner_pace", torch.where(active, inner, before))
 
     def _consistency(self, overview: Overview, norm: Tensor, active: Tensor) -> Tensor:
         """How steady the norms of a parameter's gradients are, and its memory of them."""
@@ -110,30 +119,33 @@ def importances(overview: Overview) -> Tensor:
     return torch.where(begun, importance / importance[begun].mean(), 1.0)
 
 
-def fair_factors(importance: Tensor, strength: float) -> Tensor:
-    """clamp(c·importance·strength, 0.1, 3), c such that the mean is `strength` (or the limit that
-    is nearest to it).
+def fair_factors(importance: Tensor, strength: float, weights: Tensor) -> Tensor:
+    """clamp(c·importance·strength, 0.1, 3), c such that the weighted mean is `strength` (or the
+    limit that is nearest to it).
 
     The mean grows with c in straight lines, with a corner wherever a parameter comes to one of the
     limits: between which two of these it is right is looked up.
 
     Args:
-        importance: float64 `[parameters]`, at least one.
+        importance, weights: float64 `[parameters]`, at least one; weights above 0.
     """
-    importance = importance.clamp_min(_SOMETHING)
+    importance, weights = importance.clamp_min(_SOMETHING), weights / weights.sum()
 
     def factors(c: float) -> Tensor:
         return (c * importance).clamp(LEAST, MOST)
+
+    def mean(c: float) -> float:
+        return float(factors(c) @ weights)
 
     wanted = min(max(strength, LEAST), MOST)
     corners = torch.cat([LEAST / importance, MOST / importance]).sort().values.tolist()
     low, high = 0, len(corners) - 1  # all parameters are at the lower limit, and at the upper one
     while high - low > 1:
         middle = (low + high) // 2
-        if float(factors(corners[middle]).mean()) <= wanted:
+        if mean(corners[middle]) <= wanted:
             low = middle
         else:
             high = middle
-    below, above = (float(factors(corners[k]).mean()) for k in (low, high))
+    below, above = mean(corners[low]), mean(corners[high])
     share = (wanted - below) / (above - below) if above > below else 0.0
     return factors(corners[low] + share * (corners[high] - corners[low]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layout import BLOCK, layout_of
 from ..state import Kind, pack_high, unpack_high
-from .base import TINY, Technique, Work
+from .base import INNER_PACE, TINY, Technique, Work
 
 LEAST, MOST = 0.001, 10.0
 """The limits of the factor on lr of mask and adaptation together (spec 1 §4)."""
@@ -52,7 +52,6 @@ class LRMask(Technique):
         warmup_steps: from this step of a parameter on its mask is frozen.
     """
 
-    settled: ClassVar = {"lr_mask": torch.empty(0, dtype=torch.uint8)}
     MOST_BUMPS: ClassVar[int] = (1 << (15 - _SIGN_BITS)) - 1  # what a sign leaves of 16 bits
 
     def __init__(self, bump: float, low: float, high: float, warmup_steps: int) -> None:
@@ -60,12 +59,19 @@ class LRMask(Technique):
         self.low = low
         self.high = high
         self.warmup_steps = warmup_steps
+        apart = self._bumps(2 * warmup_steps)
+        forms = (torch.uint8, torch.int16) if apart >= _PACKED else (torch.uint8,)
+        self.settled = [{"lr_mask": torch.empty(0, dtype=form)} for form in forms]
 
     @property
     def fits(self) -> bool:
         """Whether 16 bits are enough for as far as a mask can move."""
-        bumps = min((self.high - self.low) / self.bump, self.warmup_steps + self.low / self.bump)
-        return bumps + 2 <= self.MOST_BUMPS
+        return self._bumps(self.warmup_steps) <= self.MOST_BUMPS
+
+    def _bumps(self, walked: int) -> float:
+        """How far apart masks can be that have moved away from each other so many times."""
+        width = (self.high - self.low) / self.bump
+        return min(width, walked + self.low / self.bump) + 2
 
     def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
         if "lr_mask" in entry:
@@ -106,12 +112,12 @@ class LRMask(Technique):
         base, empty = mask
         factor = self._limited(code, work.spread(base), work.spread(gain))
         work.u = work.u * factor
-        work.pace = 1.0
+        others, work.pace = work.pace, 1.0
         # A sum has the zeros behind a tensor's end in it.
         behind = BLOCK * (work.numel / BLOCK).ceil() - work.numel
         total = work.sum(factor) - behind * self._limited(empty, base, gain)
         work.inner_pace = total / work.numel
-        work.report["lr_mask/factor"] = work.inner_pace
+        work.report[INNER_PACE] = work.inner_pace / others
 
     def _limited(self, bumps: Tensor, base: Tensor, gain: Tensor) -> Tensor:
         mask = (base + bumps * self.bump).clamp(self.low, self.high)
@@ -192,7 +198,7 @@ class LRMask(Technique):
 
 def _begun(entry: Mapping[str, Any]) -> bool:
     """Whether a mask has had a step."""
-    return bool(entry["lr_top"] > 0)
+    return "lr_top" in entry and bool(entry["lr_top"] > 0)
 
 
 class _Reach(NamedTuple):
