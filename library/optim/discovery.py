@@ -4,7 +4,8 @@ If a model uses P and Q only as the product P·Q, it does not change when P beco
 M⁻¹·Q. The gradients know of it: dP = G·Qᵀ and dQ = Pᵀ·G, where G is the gradient of the product, so
 that Pᵀ·dP = dQ·Qᵀ (= Pᵀ·G·Qᵀ), to rounding, at every step, whatever the data. For neurons between P
 and Q that are linear on each side of zero, or dropped at random, the diagonal of this still holds
-(Tanaka et al., SynFlow, arXiv 2006.05467, eq. 4). Of each matrix two such traces are taken, one for
+(Tanaka et al., SynFlow, arXiv 2006.05467, eq. 4). A bias between them is part of the symmetry and
+is not looked at: with one the two sides differ. Of each matrix two such traces are taken, one for
 its columns and one for its rows, and partners are those whose traces agree.
 """
 
