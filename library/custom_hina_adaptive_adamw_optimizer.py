@@ -195,7 +195,8 @@ class AdaptiveHinaAdamW(HinaOptimizer):
         return self.lr_mask.masks(self.state.get(param, {})) if on else None
 
     def get_optimization_info(self) -> dict[str, Any]:
-        """Settings, and where training stands. `total_params` counts tensors."""
+        """Settings, and where training stands. `total_params` counts tensors. It looks at every
+        element of lr_mask: not to be called at every step."""
         return reports.optimization_info(self)
 
     def get_relationship_summary(self) -> dict[str, Any]:

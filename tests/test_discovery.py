@@ -366,3 +366,17 @@ def test_nothing_above_the_threshold():
     assert found_in(params, grads, threshold=compatibility(1, 1.0)) == {}
     pairs = [(2 * k + 1, 2 * k) for k in range(len(params) // 2)]
     assert found_in(params, grads, pairs, threshold=0.48) == {}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bias_between_two_layers_is_part_of_their_symmetry(bias: bool) -> None:
+    """Then the traces of the matrices alone differ, and no partner is found."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20, bias=bias), nn.Linear(20, 9, bias=False))
+    model(torch.randn(30, 12)).square().sum().backward()
+    weights = [layer.weight for layer in model]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    found = discover([w.detach() for w in weights], gradients, [], 0.1, ScratchPool())
+    assert {one: relation.partner for one, relation in found.items()} == (
+        {} if bias else {0: 1, 1: 0}
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from operator import attrgetter
@@ -363,10 +363,10 @@ class ChainOptimizer(torch.optim.Optimizer):
             norms[roles.lora_positions[rest]] = found.unsqueeze(1)
         return norms
 
-    def overview(self) -> Overview:
+    def overview(self, reported: Mapping[str, Tensor] | None = None) -> Overview:
         """All parameters with their state, as they are now."""
         entries = [self.state.get(param, {}) for param in self.roles.position]
-        return Overview(self.roles, entries, self.scratch)
+        return Overview(self.roles, entries, self.scratch, reported or {})
 
     def _prepare(self) -> dict[Technique, Tensor]:
         """The factors that techniques compute from whole matrices or from all parameters."""
@@ -388,7 +388,7 @@ class ChainOptimizer(torch.optim.Optimizer):
             for name, values in record.values.items():
                 whole = torch.full((len(self.roles.role),), math.nan, dtype=torch.float64)
                 reported.setdefault(name, whole)[positions] = values.cpu().double()
-        overview = replace(self.overview(), reported=reported)
+        overview = self.overview(reported)
         for technique in ending:
             technique.conclude(overview)
 
