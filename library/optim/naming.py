@@ -9,6 +9,7 @@ This file is copied into other trees and imports nothing of this project.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,11 @@ def name_groups(
     """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     return [_with_names(group, index, names) for index, group in enumerate(_as_dicts(list(groups)))]
+
+
+def is_of_network(name: str) -> bool:
+    """Whether `name_groups` found it in the network; not so where it had to count."""
+    return bool(name) and re.fullmatch(r"group\d+\.param\d+", name) is None
 
 
 def _as_dicts(groups: list[dict[str, Any] | Tensor]) -> list[dict[str, Any]]:

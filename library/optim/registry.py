@@ -26,6 +26,7 @@ from .arguments import (
     number,
     pair,
 )
+from .engine import ChainOptimizer
 from .spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -211,6 +212,24 @@ def resolve(optimizer_type: str) -> OptimizerSpec:
         f"Known short names: {', '.join(known_names())}. "
         "Any other is given as package.module.Class."
     )
+
+
+def of_family(optimizer_type: str) -> bool:
+    """Whether `--optimizer_type` names one of this project's optimizers, built or not: by a short
+    name, or by the path of its class or of one derived from it. Of other programs' short names
+    nothing needs to be known.
+
+    Raises:
+        ValueError: a path that leads nowhere (see `OptimizerSpec.load`).
+    """
+    wanted = optimizer_type.strip()
+    module, _, _ = wanted.rpartition(".")
+    if not module:
+        return wanted.lower() in {name.lower() for name in (*_FAMILY, *_NOT_BUILT)}
+    if module in _NOT_BUILT_MODULES:
+        return True
+    cls = resolve(wanted).load()
+    return isinstance(cls, type) and issubclass(cls, ChainOptimizer)
 
 
 def parse_optimizer_args(arguments: Iterable[str] | None) -> dict[str, Any]:
