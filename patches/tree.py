@@ -91,8 +91,9 @@ def find_tree(target: Path) -> Tree:
         )
     missing = [anchor.file for anchor in ANCHORS if not (root / anchor.file).is_file()]
     if missing:
-        inside = [child.name for child in sorted(root.iterdir()) if _is_tree(child)]
-        hint = f" There is one inside it: --target {root / inside[0]}" if inside else ""
+        scripts = (*root.glob("*/train_network.py"), *root.glob("*/*/train_network.py"))
+        inside = [str(script.parent) for script in sorted(scripts) if _is_tree(script.parent)]
+        hint = f" There is one inside: --target {' or '.join(inside)}" if inside else ""
         raise Refusal(
             f"{root} is no folder of sd-scripts: it has no {' and no '.join(missing)}.{hint}"
         )
