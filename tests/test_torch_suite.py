@@ -170,7 +170,7 @@ def against_adamw(backend: str, prepare: Callable[[Any, Sequence[Tensor]], Any])
     ends = []
     for make in (
         lambda params: hina(params, backend, **CASES["nothing on"], lr=0.01),
-        lambda params: torch.optim.AdamW(params, lr=0.01),
+        lambda params: torch.optim.AdamW([tensor for _, tensor in params], lr=0.01),
     ):
         params = parameters(*drawn((20, 30), (7,), (4, 3, 2, 2)))
         optimizer = make(named(*params))

@@ -153,6 +153,9 @@ class ChainOptimizer(torch.optim.Optimizer):
         if len(set(map(id, params))) < len(params):
             raise ValueError(f"A parameter group of {type(self).__name__} has a tensor twice.")
         names = group_names(param_group)
+        if all(isinstance(item, tuple) for item in params):
+            # PyTorch takes pairs apart itself only since 2.6.
+            param_group["params"] = [param for _, param in params]
         # PyTorch wants all groups with names or none: "" stands for a missing one.
         if names is None and any("param_names" in group for group in self.param_groups):
             names = [""] * len(params)

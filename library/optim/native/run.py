@@ -115,7 +115,8 @@ class NativeChain:
             if copy is not param:
                 param.copy_(copy)
         # What autograd saved of the parameters is out of date: as after any change in place.
-        torch.autograd.graph.increment_version(params)
+        for param in params:  # PyTorch before 2.6 takes no list
+            torch.autograd.graph.increment_version(param)
         return dict(zip(self.program.reports, report.unbind(), strict=True))
 
     @cached_property
