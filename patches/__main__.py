@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         tree = find_tree(options.target)
         if options.command == "apply":
-            print(_apply(tree, options.dry_run))
+            said = _apply(tree, options.dry_run)
         elif options.command == "revert":
-            print(_revert(tree))
+            said = _revert(tree)
         else:
-            print(status.describe(tree))
+            said = status.describe(tree)
     except Refusal as refusal:
         print(f"{options.command}: {refusal}", file=sys.stderr)
         return 1
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    print(said)
     return 0
 
 

@@ -12,6 +12,7 @@ from .engine import ChainOptimizer
 
 # Figures that differ by role by design; all others are one mean over the tensors.
 _BY_ROLE = ("effective_lr", "weight_decay")
+_MOST_LISTED = 8  # halves without a partner; where one half is frozen there are hundreds
 
 
 @runtime_checkable
@@ -121,9 +122,13 @@ def _pairs(info: dict[str, Any], unpaired: list[dict[str, Any]]) -> list[str]:
             f"LoKr pairs found: {lokr['lokr_pairs']} of {lokr['lokr_groups']} modules "
             f"({lokr['lokr_w1_params']} w1 and {lokr['lokr_w2_params']} w2 tensors)"
         )
-    return lines + [
-        f"without a partner: {u['name']} {list(u['shape'])}: {u['reason']}" for u in unpaired
+    lines += [
+        f"without a partner: {u['name']} {list(u['shape'])}: {u['reason']}"
+        for u in unpaired[:_MOST_LISTED]
     ]
+    if len(unpaired) > _MOST_LISTED:
+        lines.append(f"without a partner: {len(unpaired) - _MOST_LISTED} more")
+    return lines
 
 
 def _plans(info: dict[str, Any]) -> list[str]:
