@@ -108,6 +108,11 @@ def _adapter(options: Options) -> Iterator[str]:
             f"--base_weights_multiplier has {len(strengths)} values for {len(weights)} "
             "--base_weights."
         )
+    yield from optimizer_choice(options)
+
+
+def optimizer_choice(options: Options) -> Iterator[str]:
+    """Options that choose different optimizers."""
     chosen = [options.use_8bit_adam, options.use_lion_optimizer, bool(options.optimizer_type)]
     if sum(chosen) > 1:
         names = ("--use_8bit_adam", "--use_lion_optimizer", "--optimizer_type")
