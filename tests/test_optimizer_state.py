@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,11 @@ def make_parameters() -> dict[str, nn.Parameter]:
 
 def make_optimizer(params: dict[str, nn.Parameter], **options) -> HinaAdamWOptimizer:
     return HinaAdamWOptimizer(params.items(), lr=1e-2, min_8bit_size=300, **options)
+
+
+def as_group(params: dict[str, nn.Parameter]) -> dict[str, Any]:
+    """A parameter group with names, as PyTorch before 2.6 takes it too."""
+    return {"params": list(params.values()), "param_names": list(params)}
 
 
 def train(optimizer: HinaAdamWOptimizer, params: dict[str, nn.Parameter], steps: range) -> None:
@@ -218,7 +224,7 @@ def test_options_of_the_same_groups_are_taken_over():
 
 def test_impossible_options_are_refused_and_change_nothing():
     params = make_parameters()
-    saved = torch.optim.AdamW(params.items(), eps=0).state_dict()
+    saved = torch.optim.AdamW([as_group(params)], eps=0).state_dict()
     optimizer = make_optimizer(params)
     train(optimizer, params, range(1))
     with pytest.raises(ValueError, match="saved state for HinaAdamWOptimizer: eps=0 is not"):
@@ -282,7 +288,7 @@ def test_loading_copies():
 
 def test_state_of_torch_adamw_is_taken_over():
     params = make_parameters()
-    adamw = torch.optim.AdamW(params.items(), lr=1e-2)
+    adamw = torch.optim.AdamW([as_group(params)], lr=1e-2)
     train(adamw, params, range(3))
     optimizer = make_optimizer(params, optim_bits=32, use_adopt_stability=False)
     optimizer.load_state_dict(adamw.state_dict())
