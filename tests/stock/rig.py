@@ -26,7 +26,7 @@ import materials  # noqa: E402
 _SECONDS = 600  # for one run; they take less than one minute
 _PACKAGES = (
     *("torch", "accelerate", "diffusers", "transformers", "safetensors", "bitsandbytes", "cv2"),
-    *("PIL", "einops", "imagesize", "toml", "tqdm", "voluptuous", "lycoris", "dadaptation"),
+    *("PIL", "einops", "imagesize", "toml", "tqdm", "voluptuous"),
 )
 # Short, and small enough for two processor cores.
 _OPTIONS = (
@@ -129,9 +129,9 @@ def train(tree: Path, output: Path, *words: str, steps: int = 3) -> Run:
         "--output_dir": output,
     }
     options = [str(word) for pair in paths.items() for word in pair]
+    length = ("--max_train_steps", str(steps))
     done = subprocess.run(
-        [stock_python(), "train_network.py", *options, *_OPTIONS]
-        + ["--max_train_steps", str(steps), *words],
+        [stock_python(), "train_network.py", *options, *_OPTIONS, *length, *words],
         cwd=tree,
         env=environment(),
         stdout=subprocess.PIPE,
