@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 GetOptimizer = Callable[..., "tuple[str, str, Any]"]
 
-_REPORTED_STEPS = (1, 10, 100)
+_REPORTED_STEPS = (1, 2, 10, 100)
 _REPORT_EVERY = 1000
 
 
