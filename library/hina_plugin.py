@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,17 +29,12 @@ _REPORT_EVERY = 1000
 
 
 def extend(get_optimizer: GetOptimizer) -> GetOptimizer:
-    """Stock's `get_optimizer(args, trainable_params)`, which knows our optimizers too.
-
-    Bare words in `--optimizer_args` reach stock's optimizers as the strings they stand for.
-    """
+    """Stock's `get_optimizer(args, trainable_params)`, which knows our optimizers too."""
 
     @functools.wraps(get_optimizer)
     def extended(args: Any, trainable_params: Iterable[Any]) -> tuple[str, str, Any]:
         if _is_ours(args):
             return _create(args, trainable_params)
-        if args.optimizer_args:
-            args.optimizer_args = [_as_literal(argument) for argument in args.optimizer_args]
         return get_optimizer(args, trainable_params)
 
     return extended
@@ -100,11 +94,3 @@ class _Reporter:
         if self.steps in _REPORTED_STEPS or self.steps % _REPORT_EVERY == 0:
             figures = (f"{name}={value:.4g}" for name, value in optimizer_report(optimizer).items())
             logger.info("step %d: %s", self.steps, " ".join(figures))
-
-
-def _as_literal(argument: str) -> str:
-    """`key=word` as `key='word'`, which stock can read; anything else as it is."""
-    found = re.fullmatch(r"(\w+)=([A-Za-z_][\w./-]*)", argument)
-    if found is None or found[2] in ("True", "False", "None"):
-        return argument
-    return f"{found[1]}={found[2]!r}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,32 +12,35 @@ from pathlib import Path
 from . import status
 from .apply import carry_out, describe, plan_apply
 from .errors import Refusal
-from .record import PATH
 from .revert import revert
-from .tree import Tree, find_tree
+from .tree import RECORD, Tree, find_tree
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, or nothing to do; 1 refused."""
+    """Exit status: 0 done, or nothing to do; 1 refused; 130 interrupted by Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the console cannot show
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(argv)
     try:
-        tree = find_tree(options.target)
-        if options.command == "apply":
-            said = _apply(tree, options.dry_run)
-        elif options.command == "revert":
-            said = _revert(tree)
-        else:
-            said = status.describe(tree)
+        said = _run(options, find_tree(options.target))
     except Refusal as refusal:
         print(f"{options.command}: {refusal}", file=sys.stderr)
         return 1
     except OSError as error:
         print(
             f"{options.command}: {error.filename}: {error.strerror}. Mend that and call the "
-            "command again: it goes on where this one stopped.",
+            "command again.",
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:
+        print(
+            f"{options.command}: interrupted. `status` tells what is there; the command can be "
+            "called again.",
+            file=sys.stderr,
+        )
+        return 130
     print(said)
     return 0
 
@@ -62,18 +67,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(options: argparse.Namespace, tree: Tree) -> str:
+    """Do it; what to say of it."""
+    if options.command == "apply":
+        return _apply(tree, options.dry_run)
+    return _revert(tree) if options.command == "revert" else status.describe(tree)
+
+
 def _apply(tree: Tree, dry_run: bool) -> str:
     plan = plan_apply(tree)
-    if dry_run and plan:
-        return f"{describe(plan, tree)}\n\nNothing was changed (--dry-run)."
+    if dry_run:
+        done = status.describe(tree) if plan is None else describe(plan)
+        return f"{done}\n\nNothing was changed (--dry-run)."
     if plan is None:
-        tree.forget_unfinished(PATH)  # of a revert that was killed before its first change
+        tree.forget_unfinished(RECORD)  # of a revert that was killed before its first change
         return status.describe(tree)
     carry_out(tree, plan)
     return (
         f"{status.describe(tree)}\n"
         "Try it: --optimizer_type HinaAdamW. The log then says how many parameters have names. "
-        f"To undo: python -m patches revert --target {tree.root}"
+        f"To undo: python -m patches revert --target {shlex.quote(str(tree.root))}"
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .errors import Refusal
 
 MARK = "# hina-plugin"
+_OURS = re.compile(rb"hina[-_]plugin")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Anchor:
 
     Attributes:
         file: relative to the folder of sd-scripts, with forward slashes.
-        pattern: matches the line, without its ending; its first group is the indentation.
+        pattern: matches the line; its first group is the indentation.
         looked_for: the line in words, for the message when it is not there.
         lines: what is put in front, without indentation and mark.
     """
@@ -54,13 +55,13 @@ ANCHORS = (
 )
 
 
-def insert(anchor: Anchor, content: bytes) -> bytes:
-    """The file with the plugin's lines.
+def insert(anchor: Anchor, content: bytes, marked: Sequence[str]) -> bytes:
+    """The file with the `marked` lines in front of the anchor's.
 
     Raises:
-        Refusal: the anchor's line is not there, or more than once; or marked lines are there.
+        Refusal: the anchor's line is not there, or more than once; or lines of the plugin are.
     """
-    _refuse_marks(anchor.file, content, known=())
+    _refuse_strays(anchor.file, content, known=())
     lines = content.splitlines(keepends=True)
     found = [
         (k, match) for k, line in enumerate(lines) if (match := anchor.pattern.fullmatch(line))
@@ -73,8 +74,8 @@ def insert(anchor: Anchor, content: bytes) -> bytes:
             "edited, take that edit back; if sd-scripts is newer than this plugin, get a newer one."
         )
     [(place, match)] = found
-    ending = lines[place][len(lines[place].rstrip(b"\r\n")) :]
-    lines[place:place] = [match[1] + text.encode() + ending for text in anchor.marked]
+    ending = lines[place][len(lines[place].rstrip(b"\r\n")) :] or b"\n"
+    lines[place:place] = [match[1] + text.encode() + ending for text in marked]
     return b"".join(lines)
 
 
@@ -83,25 +84,28 @@ def remove(file: str, content: bytes, marked: Sequence[str]) -> bytes:
     more are not missed.
 
     Raises:
-        Refusal: a marked line was edited, so that it cannot be told from the user's own.
+        Refusal: a line of the plugin was edited, so that it cannot be told from the user's own.
     """
-    _refuse_marks(file, content, marked)
+    _refuse_strays(file, content, marked)
     ours = {text.encode() for text in marked}
     return b"".join(x for x in content.splitlines(keepends=True) if x.strip() not in ours)
 
 
-def has_marks(content: bytes) -> bool:
-    """Whether any line of the plugin is there, edited or not."""
-    return MARK.encode() in content
+def in_place(anchor: Anchor, content: bytes, marked: Sequence[str]) -> bool:
+    """Whether the `marked` lines stand where they belong, once, and none is edited."""
+    try:
+        return insert(anchor, remove(anchor.file, content, marked), marked) == content
+    except Refusal:
+        return False
 
 
-def _refuse_marks(file: str, content: bytes, known: Sequence[str]) -> None:
-    """Refuse a file with a marked line that is none of the `known` ones."""
+def _refuse_strays(file: str, content: bytes, known: Sequence[str]) -> None:
+    """Refuse a file with a line that speaks of the plugin and is none of the `known` ones."""
     for number, line in enumerate(content.splitlines(), 1):
         text = line.decode(errors="replace").strip()
-        if has_marks(line) and text not in known:
+        if _OURS.search(line) and text not in known:
             raise Refusal(
-                f"{file}, line {number} has the plugin's mark, but is not as it was put there:\n"
+                f"{file}, line {number} names the plugin, but is not as it was put there:\n"
                 f"    {text}\nNothing was changed. Take that edit back or delete the line, and "
                 "call the command again."
             )

@@ -11,10 +11,10 @@ from pathlib import PurePosixPath
 from .anchors import ANCHORS, insert
 from .errors import Refusal
 from .payload import read_payload, version_of
-from .record import PATH, Edit, Record, read_record, sha256, write_record
-from .revert import edited_copies, take_out, without_lines
+from .record import Edit, Record, read_record, sha256, write_record
+from .revert import refuse_edited, take_out, without_lines
 from .status import is_whole
-from .tree import Tree
+from .tree import RECORD, Tree
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,20 @@ def plan_apply(tree: Tree) -> Plan | None:
     previous = read_record(tree)
     payload = read_payload()
     version = version_of(payload)
+    before = previous.copied if previous else {}
+    tree.check_places([RECORD, *payload, *before, *(anchor.file for anchor in ANCHORS)])
     if previous is not None:
-        edited = edited_copies(tree, previous)
-        if edited:
-            raise Refusal(
-                f"{tree.root / edited[0]} was edited since the plugin put it there"
-                f"{f', and so were {len(edited) - 1} more' if edited[1:] else ''}. Nothing was "
-                "changed. Move your version away or delete it, and call apply again."
-            )
+        refuse_edited(tree, previous, "apply would replace it")
         if previous.version == version and is_whole(tree, previous):
             return None
     _refuse_foreign(tree, payload, previous)
     stock = without_lines(tree, previous)
-    edits = {anchor.file: insert(anchor, stock[anchor.file]) for anchor in ANCHORS}
-    for path, content in edits.items():
-        _refuse_unreadable(path, content)
+    edits = {}
+    for anchor in ANCHORS:
+        if anchor.file not in stock:
+            raise Refusal(f"{tree.root / anchor.file} is missing. Get sd-scripts' own file back.")
+        edits[anchor.file] = insert(anchor, stock[anchor.file], anchor.marked)
+        _refuse_unreadable(anchor.file, stock[anchor.file], edits[anchor.file])
     record = Record(
         version=version,
         state="applied",
@@ -77,14 +76,13 @@ def carry_out(tree: Tree, plan: Plan) -> None:
     Raises:
         Refusal: a file could not be written; the folder is as it was without the plugin.
     """
-    tree.check_writable([PATH, *plan.copies, *plan.edits])
     if plan.previous is not None:
         take_out(tree, plan.previous)
     changing = replace(plan.record, state="changing")
     try:
         write_record(tree, changing)
         for folder in plan.record.folders:
-            (tree.root / folder).mkdir(exist_ok=True)
+            tree.make_folder(folder)
         for path, content in {**plan.copies, **plan.edits}.items():
             tree.write(path, content)
         write_record(tree, plan.record)
@@ -97,7 +95,7 @@ def carry_out(tree: Tree, plan: Plan) -> None:
         raise
 
 
-def describe(plan: Plan, tree: Tree) -> str:
+def describe(plan: Plan) -> str:
     """What `apply` would do, for `--dry-run`: the edits as a diff, then the files."""
     lines: list[str] = []
     for path, content in plan.edits.items():
@@ -111,35 +109,46 @@ def describe(plan: Plan, tree: Tree) -> str:
     return "\n".join(lines)
 
 
-def _refuse_unreadable(path: str, content: bytes) -> None:
+def _refuse_unreadable(path: str, stock: bytes, edited: bytes) -> None:
     """Refuse a file that Python could not read with the plugin's lines in it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # stock's own
-        try:
-            ast.parse(content)
-        except SyntaxError as error:
-            raise Refusal(
-                f"{path}: with the plugin's lines it would be no valid Python (line "
-                f"{error.lineno}: {error.msg}). Nothing was changed. Take back what was edited."
-            ) from error
+    for content, when in ((stock, "even without"), (edited, "with")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # stock's own
+            try:
+                ast.parse(content)
+            except (SyntaxError, ValueError) as error:
+                raise Refusal(
+                    f"{path} is no valid Python {when} the plugin's lines ({error}). Nothing was "
+                    "changed. Take back what was edited there."
+                ) from error
 
 
 def _refuse_foreign(tree: Tree, payload: dict[str, bytes], previous: Record | None) -> None:
-    """Refuse to replace a file that the plugin did not put there."""
+    """Refuse to replace, or to hide from Python, what the plugin did not put there."""
     ours = previous.copied if previous else {}
-    foreign = [path for path in payload if path not in ours and tree.read(path) is not None]
+    modules = {f"{folder}.py" for folder in _folders(payload) if "/" in folder}
+    foreign = [
+        path for path in sorted({*payload, *modules}) if path not in ours and tree.occupied(path)
+    ]
     if foreign:
+        more = f"; so are {len(foreign) - 1} more" if foreign[1:] else ""
         raise Refusal(
-            f"{tree.root / foreign[0]} is there already, and not from the plugin"
-            f"{f'; so are {len(foreign) - 1} more' if foreign[1:] else ''}. Nothing was changed. "
-            "Move it away or delete it, and call apply again."
+            f"{tree.root / foreign[0]} is there already, and not from the plugin{more}. Nothing "
+            "was changed. Move it away or delete it, and call apply again."
         )
 
 
 def _new_folders(tree: Tree, payload: dict[str, bytes], previous: Record | None) -> list[str]:
     """The folders to be made, outer ones first."""
     ours = previous.folders if previous else []
-    folders = {parent.as_posix() for path in payload for parent in PurePosixPath(path).parents}
-    return sorted(
-        folder for folder in folders if folder in ours or not (tree.root / folder).is_dir()
-    )
+    return [
+        folder
+        for folder in sorted(_folders(payload))
+        if folder in ours or not (tree.root / folder).is_dir()
+    ]
+
+
+def _folders(payload: dict[str, bytes]) -> set[str]:
+    """All folders that hold any of it, from `library` on."""
+    parents = {parent for path in payload for parent in PurePosixPath(path).parents}
+    return {parent.as_posix() for parent in parents if parent.parts}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import Refusal
-from .tree import Tree
+from .tree import RECORD, Tree
 
-PATH = "library/hina_plugin.json"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -49,27 +49,44 @@ def read_record(tree: Tree) -> Record | None:
     """The folder's record; None where the plugin is not.
 
     Raises:
-        Refusal: there is one that cannot be read.
+        Refusal: there is one that cannot be read, or that a newer plugin has written.
     """
-    content = tree.read(PATH)
-    if content is None:
+    if not tree.occupied(RECORD):
         return None
+    content = tree.read(RECORD)
     try:
-        values = json.loads(content)
-        edited = {path: Edit(**edit) for path, edit in values.pop("edited").items()}
-        return Record(**values, edited=edited)
+        values = json.loads(content or b"")
+        newer = values["format"] > FORMAT
+        record = None if newer else _record(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Refusal(
-            f"{tree.root / PATH}, which tells what the plugin has done here, cannot be read "
+            f"{tree.root / RECORD}, which tells what the plugin has done here, cannot be read "
             f"({error}). Get it back from a copy. Without one: delete it, all lines that end with "
             "the plugin's mark '# hina-plugin', and the files it copied (library/hina_plugin.py, "
             "library/custom_*_optimizer.py, library/optim)."
         ) from error
+    if record is None:
+        raise Refusal(
+            f"{tree.root}: a newer plugin was applied here, {values.get('version')}. Use that one, "
+            "or update this."
+        )
+    return record
+
+
+def _record(values: dict[str, Any]) -> Record:
+    return Record(
+        version=str(values["version"]),
+        state=values["state"],
+        copied=dict(values["copied"]),
+        edited={path: Edit(**edit) for path, edit in values["edited"].items()},
+        folders=list(values["folders"]),
+    )
 
 
 def write_record(tree: Tree, record: Record) -> None:
     """Write it in place of the one before, at once."""
-    tree.write(PATH, json.dumps(asdict(record), indent=1).encode() + b"\n")
+    values = {"format": FORMAT, **asdict(record)}
+    tree.write(RECORD, json.dumps(values, indent=1).encode() + b"\n")
 
 
 def sha256(content: bytes) -> str:

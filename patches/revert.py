@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 
 from .anchors import ANCHORS, remove
 from .errors import Refusal
-from .record import PATH, Record, read_record, sha256, write_record
-from .tree import Tree
+from .record import Record, read_record, sha256, write_record
+from .tree import RECORD, Tree
 
 
 def revert(tree: Tree) -> list[str] | None:
@@ -23,23 +22,17 @@ def revert(tree: Tree) -> list[str] | None:
         Refusal: the user has edited what would be removed, or a file cannot be written.
     """
     record = read_record(tree)
-    tree.forget_unfinished(PATH)
     stock = without_lines(tree, record)
     marked = [path for path, content in stock.items() if tree.read(path) != content]
-    if record is None and not marked:
-        return None
     if record is None:
-        tree.check_writable(marked)
+        tree.forget_unfinished(RECORD)
+        if not marked:
+            return None
+        tree.check_places(marked)
         _restore(tree, stock)
         return []
-    edited = edited_copies(tree, record)
-    if edited:
-        raise Refusal(
-            f"{tree.root / edited[0]} was edited since the plugin put it there"
-            f"{f', and so were {len(edited) - 1} more' if edited[1:] else ''}; revert would delete "
-            "it. Nothing was changed. Move your version away or delete it, and call revert again."
-        )
-    tree.check_writable([PATH, *record.copied, *record.edited])
+    tree.check_places([RECORD, *record.copied, *stock])
+    refuse_edited(tree, record, "revert would delete it")
     take_out(tree, record)
     return [
         path
@@ -50,23 +43,26 @@ def revert(tree: Tree) -> list[str] | None:
 
 def take_out(tree: Tree, record: Record) -> None:
     """Undo what `record` tells, as far as it was done; the record itself goes last."""
-    write_record(tree, replace(record, state="changing"))
+    if record.state != "changing":
+        write_record(tree, replace(record, state="changing"))
     _restore(tree, without_lines(tree, record))
     for path in record.copied:
         tree.delete(path)
     for folder in reversed(record.folders):
-        shutil.rmtree(tree.root / folder / "__pycache__", ignore_errors=True)
-        if (tree.root / folder).is_dir() and not any((tree.root / folder).iterdir()):
-            (tree.root / folder).rmdir()
-    tree.delete(PATH)
+        tree.delete_empty(folder)
+    tree.delete(RECORD)
 
 
 def without_lines(tree: Tree, record: Record | None) -> dict[str, bytes]:
     """Stock's files that the plugin edits, without its lines, whether these are there or not; by
-    path, the last one edited first. Without a record, the lines of this version are known."""
+    path, the last one edited first. Without a record, the lines of this version are known.
+
+    Raises:
+        Refusal: one of the lines was edited.
+    """
     lines: dict[str, list[str]] = {anchor.file: anchor.marked for anchor in ANCHORS}
     if record is not None:
-        lines = {**lines, **{path: edit.lines for path, edit in record.edited.items()}}
+        lines |= {path: edit.lines for path, edit in record.edited.items()}
     contents = {path: tree.read(path) for path in reversed(lines)}
     return {
         path: remove(path, content, lines[path])
@@ -77,12 +73,23 @@ def without_lines(tree: Tree, record: Record | None) -> dict[str, bytes]:
 
 def edited_copies(tree: Tree, record: Record) -> list[str]:
     """The plugin's files in the folder that are no longer as it put them there."""
-    contents = {path: tree.read(path) for path in record.copied}
+    there = [path for path in record.copied if tree.occupied(path)]
     return [
         path
-        for path, content in contents.items()
-        if content is not None and sha256(content) != record.copied[path]
+        for path in there
+        if (tree.root / path).is_symlink() or sha256(tree.read(path) or b"") != record.copied[path]
     ]
+
+
+def refuse_edited(tree: Tree, record: Record, why: str) -> None:
+    """Refuse to go on where a copied file was edited since."""
+    edited = edited_copies(tree, record)
+    if edited:
+        more = f", and so were {len(edited) - 1} more" if edited[1:] else ""
+        raise Refusal(
+            f"{tree.root / edited[0]} was edited since the plugin put it there{more}; {why}. "
+            "Nothing was changed. Move your version away or delete it, and call the command again."
+        )
 
 
 def _restore(tree: Tree, stock: Mapping[str, bytes]) -> None:

@@ -12,8 +12,8 @@ import pytest
 from sd_scripts_copies import contents, folders, miniature, patches
 
 from patches.anchors import ANCHORS, MARK
-from patches.payload import HOOK, ROOT, read_payload
-from patches.record import PATH
+from patches.payload import HOOK, ROOT, read_payload, version_of
+from patches.tree import RECORD
 
 TRAIN_UTIL, TRAIN_NETWORK = (anchor.file for anchor in ANCHORS)
 ENGINE = "library/optim/engine.py"
@@ -79,7 +79,7 @@ def test_apply_copies_the_payload_and_adds_three_lines(tree):
     before = contents(tree)
     said = apply(tree)
     after = contents(tree)
-    assert after.keys() - before.keys() == {*read_payload(), PATH}
+    assert after.keys() - before.keys() == {*read_payload(), RECORD}
     assert {path for path in before if before[path] != after[path]} == {TRAIN_UTIL, TRAIN_NETWORK}
     for path, expected in read_payload().items():
         assert (tree / path).read_bytes() == expected
@@ -105,6 +105,24 @@ def test_revert_gives_back_every_byte_and_folder(tree):
     assert {Path(path).name.split(".")[0] for path in compiled} == {"__init__", "train_util"}
     assert folders(tree) == folders_before | {"library/__pycache__"}
     assert "as it was before" in said
+
+
+def test_an_anchor_on_a_last_line_without_an_ending(tree):
+    text = (tree / TRAIN_NETWORK).read_bytes()
+    end = text.index(b"(args, trainable_params)") + len(b"(args, trainable_params)")
+    (tree / TRAIN_NETWORK).write_bytes(text[:end])
+    before = contents(tree)
+    apply(tree)
+    revert(tree)
+    assert contents(tree) == before
+
+
+def test_the_version_does_not_depend_on_the_systems_line_endings():
+    payload = read_payload()
+    on_windows = {path: text.replace(b"\n", b"\r\n") for path, text in payload.items()}
+    assert version_of(on_windows) == version_of(payload)
+    changed = payload | {ENGINE: payload[ENGINE] + b"\n# changed\n"}
+    assert version_of(changed) != version_of(payload)
 
 
 def test_line_endings_are_those_of_the_file(tree):
@@ -215,6 +233,27 @@ def test_an_edited_marked_line_is_refused_until_mended(tree):
     assert contents(tree) == before
 
 
+def test_a_line_that_lost_its_mark_is_not_taken_for_stocks(tree):
+    apply(tree)
+    edit(tree, TRAIN_NETWORK, MARK.encode(), b"")
+    for command in ("revert", "apply"):
+        assert f"{TRAIN_NETWORK}, line" in refused(command, tree)
+    assert f"{TRAIN_NETWORK}: marked lines missing, moved or edited" in status(tree)
+
+
+def test_lines_in_the_wrong_place_are_put_right(tree):
+    """As after a merge that went wrong: names are looked for when the optimizer is there."""
+    apply(tree)
+    patched = contents(tree)
+    file = tree / TRAIN_NETWORK
+    lines = file.read_text().splitlines(keepends=True)
+    [place] = [k for k, line in enumerate(lines) if MARK in line]
+    file.write_text("".join([*lines[:place], lines[place + 1], lines[place], *lines[place + 2 :]]))
+    assert f"{TRAIN_NETWORK}: marked lines missing, moved" in status(tree)
+    apply(tree)
+    assert contents(tree) == patched
+
+
 @pytest.mark.parametrize("command", ["revert", "apply"])
 def test_an_edited_copy_is_not_deleted(tree, command):
     before = contents(tree)
@@ -249,7 +288,7 @@ def test_marked_lines_that_are_gone_come_back(tree):
     patched = contents(tree)
     for path in (TRAIN_UTIL, TRAIN_NETWORK):
         shutil.copy(miniature(tree.parent / path.replace("/", "_")) / path, tree / path)
-    assert f"{TRAIN_UTIL}: marked lines are missing" in status(tree)
+    assert f"{TRAIN_UTIL}: marked lines missing" in status(tree)
     apply(tree)
     assert contents(tree) == patched
 
@@ -263,7 +302,7 @@ def test_lines_without_their_files_are_taken_out(tree, command):
     for path in patched.keys() - stock.keys():
         (tree / path).unlink()
     shutil.rmtree(tree / "library/optim")
-    assert "its files are gone" in status(tree)
+    assert "its record is gone" in status(tree)
     command(tree)
     assert contents(tree) == (stock if command is revert else patched)
 
@@ -298,15 +337,62 @@ def test_a_line_that_is_there_twice_is_refused(tree):
 
 def test_a_place_where_the_lines_would_not_be_python_is_refused(tree):
     edit(tree, TRAIN_UTIL, b"def get_optimizer", b"@torch.no_grad()\ndef get_optimizer")
-    assert f"{TRAIN_UTIL}: with the plugin's lines it would be no valid" in refused("apply", tree)
+    assert f"{TRAIN_UTIL} is no valid Python with the plugin's lines" in refused("apply", tree)
+    (tree / TRAIN_UTIL).write_text("def get_optimizer(args, trainable_params):\n  (\n")
+    assert f"{TRAIN_UTIL} is no valid Python even without" in refused("apply", tree)
 
 
-def test_a_file_in_the_way_is_refused(tree):
-    (tree / "library/optim").mkdir()
-    (tree / ENGINE).write_text("# somebody else's\n")
+def folder_at(place):
+    place.mkdir(parents=True)
+
+
+def file_at(place):
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("# somebody else's\n")
+
+
+def dead_link_at(place):
+    place.symlink_to(place.parent.parent.parent / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("put", "path"),
+    [
+        (file_at, ENGINE),
+        (folder_at, ENGINE),
+        (file_at, HOOK),
+        (folder_at, HOOK),
+        (dead_link_at, HOOK),
+        (file_at, "library/optim.py"),
+    ],
+)
+def test_what_is_in_the_way_is_refused(tree, put, path):
+    put(tree / path)
     message = refused("apply", tree)
-    assert ENGINE in message
-    assert "not from the plugin" in message
+    assert f"{tree / path} is there already, and not from the plugin" in message
+    assert not (tree.parent / "nowhere").exists()
+
+
+def test_a_file_in_a_folders_place_is_refused(tree):
+    file_at(tree / "library/optim")
+    assert f"{tree / 'library/optim'} is no folder" in refused("apply", tree)
+
+
+def test_a_folder_in_the_records_place_is_refused(tree):
+    folder_at(tree / RECORD)
+    for command in ("apply", "status", "revert"):
+        assert RECORD in refused(command, tree)
+
+
+@pytest.mark.parametrize("command", ["apply", "revert"])
+def test_nothing_is_deleted_through_a_link(tree, tmp_path, command):
+    """As of somebody who links the plugin's folder to have its newest files."""
+    apply(tree)
+    (tree / "library/optim").rename(tmp_path / "linked")
+    (tree / "library/optim").symlink_to(tmp_path / "linked")
+    before = contents(tmp_path / "linked")
+    assert f"{tree / 'library/optim'} is a link" in refused(command, tree)
+    assert contents(tmp_path / "linked") == before
 
 
 def test_folders_that_are_none(tmp_path):
@@ -315,6 +401,9 @@ def test_folders_that_are_none(tmp_path):
     message = refused("apply", tmp_path / "empty")
     assert f"no {TRAIN_UTIL} and no {TRAIN_NETWORK}" in message
     assert "this project itself" in patches("apply", "--target", ROOT).stderr
+    assert "nobody-of-this-name" in refused("apply", Path("~nobody-of-this-name/x"))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "loop" in refused("apply", tmp_path / "loop")
 
 
 def test_a_folder_around_the_right_one_gets_a_hint(tree):
@@ -323,9 +412,17 @@ def test_a_folder_around_the_right_one_gets_a_hint(tree):
 
 def test_a_broken_record_is_refused(tree):
     apply(tree)
-    (tree / PATH).write_text('{"version": "0.1')
+    for broken in ('{"version": "0.1', "[]", "null", '{"format": 1, "folders": null}'):
+        (tree / RECORD).write_text(broken)
+        for command in ("apply", "status", "revert"):
+            assert f"{RECORD}, which tells" in refused(command, tree)
+
+
+def test_a_newer_plugins_record_is_not_touched(tree):
+    apply(tree)
+    edit(tree, RECORD, b'"format": 1', b'"format": 2, "more": []')
     for command in ("apply", "status", "revert"):
-        assert PATH in refused(command, tree)
+        assert "a newer plugin was applied" in refused(command, tree)
 
 
 def obey_permissions():
@@ -337,52 +434,98 @@ def obey_permissions():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="permissions of a folder are tried on Linux")
 @pytest.mark.parametrize("read_only", [".", "library"])
-def test_a_read_only_folder_is_refused(tree, read_only):
+@pytest.mark.parametrize("command", ["apply", "revert"])
+def test_a_read_only_folder_is_refused(tree, read_only, command):
+    if command == "revert":
+        apply(tree)
     (tree / read_only).chmod(0o555)
     try:
-        message = refused("apply", tree, preexec_fn=obey_permissions)
+        message = refused(command, tree, preexec_fn=obey_permissions)
         assert f"{(tree / read_only).resolve()}: no file can be written" in message
     finally:
         (tree / read_only).chmod(0o755)
 
 
-def test_a_disk_that_fails_in_the_middle_leaves_stock(tree):
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives files away")
+def test_files_that_root_writes_belong_to_the_folders_owner(tree):
+    for each in (tree, *tree.rglob("*")):
+        os.chown(each, 1234, 1235)
+    apply(tree)
+    assert {(each.stat().st_uid, each.stat().st_gid) for each in tree.rglob("*")} == {(1234, 1235)}
+    revert(tree)
+    assert {(each.stat().st_uid, each.stat().st_gid) for each in tree.rglob("*")} == {(1234, 1235)}
+
+
+def test_a_disk_that_is_full_leaves_stock(tree):
+    """From some write on no new file can be made; what is there can still go."""
     before, folders_before = contents(tree), folders(tree)
-    done = run_with(tree, "apply", "raise OSError(28, 'No space left on device', str(target))", 30)
+    full = "raise OSError(28, 'No space left on device')"
+    done = run_with(tree, "apply", full, 30, "Path.write_bytes", condition="calls >= {at}")
     assert done.returncode == 1
+    assert f"{tree / 'library'}" in done.stderr
     assert "No space left on device" in done.stderr
     assert "as it was without the plugin" in done.stderr
     assert contents(tree) == before
     assert folders(tree) == folders_before
 
 
+def test_ctrl_c_in_the_middle_leaves_stock(tree):
+    before, folders_before = contents(tree), folders(tree)
+    done = run_with(tree, "apply", "raise KeyboardInterrupt", len(read_payload()) + 2)
+    assert done.returncode == 130
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(tree) == before
+    assert folders(tree) == folders_before
+
+
+def test_a_console_that_cannot_show_the_path(tmp_path):
+    tree = miniature(tmp_path / "スクリプト")
+    done = patches("apply", "--target", tree, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+
+
 # Killed in the middle.
 
 _INTERFERE = """
 import os, signal, sys
+from pathlib import Path
 from patches.__main__ import main
-replace, calls = os.replace, 0
-def counting(source, target):
+original, calls = {function}, 0
+def counting(*arguments, **keywords):
     global calls
     calls += 1
-    if calls == {at}:
+    if {condition}:
         {do}
-    replace(source, target)
-os.replace = counting
+    return original(*arguments, **keywords)
+{function} = counting
 sys.exit(main([{command!r}, "--target", {tree!r}]))
 """
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def run_with(tree, command, do, at):
-    """A command in which the write number `at` does something else first."""
-    program = _INTERFERE.format(at=at, do=do, command=command, tree=str(tree))
+def run_with(tree, command, do, at, function="os.replace", condition="calls == {at}"):
+    """A command in which the call number `at` of a function does something else first."""
+    program = _INTERFERE.format(
+        do=do,
+        command=command,
+        tree=str(tree),
+        function=function,
+        condition=condition.format(at=at),
+    )
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
 
 
-def killed(tree, command, at):
-    """Whether the command was killed at its write number `at`; there may be fewer."""
-    done = run_with(tree, command, "os.kill(os.getpid(), signal.SIGKILL)", at)
-    return done.returncode == -9
+def killed(tree, command, at, function="os.replace"):
+    """Whether the command was killed at its call number `at` of a function."""
+    return run_with(tree, command, KILL, at, function).returncode == -9
+
+
+def stock_runs(tree):
+    """Python finds all that the tree's scripts import, whatever of the plugin is there."""
+    check = "import train_network; print(train_network.train_util.get_optimizer)"
+    done = subprocess.run([sys.executable, "-Bc", check], cwd=tree, capture_output=True, text=True)
+    return done.returncode == 0
 
 
 def writes():
@@ -397,21 +540,31 @@ def test_apply_killed_in_the_middle(tree, tmp_path, at, then):
     stock, whole = contents(tree), miniature(tmp_path / "whole")
     apply(whole)
     assert killed(tree, "apply", at)
-    if at > 1:
-        assert "was interrupted" in status(tree)
-        check = "import train_network; print(train_network.train_util.get_optimizer)"
-        subprocess.run([sys.executable, "-Bc", check], cwd=tree, check=True, capture_output=True)
+    assert "was interrupted" in status(tree)
+    if at in (2, len(read_payload()) + 3):  # nothing copied yet; between the two edits
+        assert stock_runs(tree)
     then(tree)
     assert contents(tree) == (stock if then is revert else contents(whole))
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("function", "at"),
+    [
+        ("os.replace", 1),
+        ("os.replace", 2),
+        ("os.replace", 3),
+        ("Path.unlink", 8),
+        ("Path.unlink", 60),
+        ("Path.rmdir", 1),
+    ],
+)
 @pytest.mark.parametrize("then", [apply, revert])
-def test_revert_killed_in_the_middle(tree, at, then):
+def test_revert_killed_in_the_middle(tree, function, at, then):
     stock = contents(tree)
     apply(tree)
     whole = contents(tree)
-    assert killed(tree, "revert", at)
+    assert killed(tree, "revert", at, function)
+    assert stock_runs(tree)
     then(tree)
     assert contents(tree) == (stock if then is revert else whole)
 

@@ -216,19 +216,18 @@ def resolve(optimizer_type: str) -> OptimizerSpec:
 
 def of_family(optimizer_type: str) -> bool:
     """Whether `--optimizer_type` names one of this project's optimizers, built or not: by a short
-    name, or by the path of its class or of one derived from it. Of other programs' short names
-    nothing needs to be known.
-
-    Raises:
-        ValueError: a path that leads nowhere (see `OptimizerSpec.load`).
-    """
+    name, or by the path of its class or of one derived from it. A path that leads nowhere is
+    nobody's, and of other programs' short names nothing needs to be known."""
     wanted = optimizer_type.strip()
     module, _, _ = wanted.rpartition(".")
     if not module:
         return wanted.lower() in {name.lower() for name in (*_FAMILY, *_NOT_BUILT)}
     if module in _NOT_BUILT_MODULES:
         return True
-    cls = resolve(wanted).load()
+    try:
+        cls = resolve(wanted).load()
+    except (MissingPackageError, UnknownOptimizerError):
+        return False
     return isinstance(cls, type) and issubclass(cls, ChainOptimizer)
 
 
