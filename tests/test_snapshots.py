@@ -349,10 +349,10 @@ def test_the_tool_says_what_it_lacks(tmp_path: Path) -> None:
 def test_hundreds_of_halves_without_a_partner_are_counted_not_listed() -> None:
     """As in LoRA-FA, where the other halves are frozen."""
     halves = [torch.nn.Parameter(torch.ones(4, 2)) for _ in range(11)]
-    named = [(f"block{k}.lora_up.weight", half) for k, half in enumerate(halves)]
+    named = [(f"block{k:02}.lora_up.weight", half) for k, half in enumerate(halves)]
     alone = [line for line in optimizer_summary(HinaAdamWOptimizer(named)) if "partner" in line]
     assert alone[:8] == [
-        f"without a partner: block{k}.lora_up.weight [4, 2]: no lora_a of the same base name"
+        f"without a partner: block{k:02}.lora_up.weight [4, 2]: no lora_a of the same base name"
         for k in range(8)
     ]
     assert alone[8:] == ["without a partner: 3 more"]
