@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import materials
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "stock")]
-
-import materials  # noqa: E402
 
 _SECONDS = 600  # for one run; they take less than one minute
 _PACKAGES = (

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 import rig
 from rig import ROOT, Run
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.stock, pytest.mark.slow]
 
