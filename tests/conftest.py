@@ -7,9 +7,10 @@ import tempfile
 
 import torch
 from picture_folders import dreambooth_dir
+from sd_scripts_copies import tree
 from tiny_models import tiny_sd1, tiny_sd2, tiny_sdxl
 
-__all__ = ["dreambooth_dir", "tiny_sd1", "tiny_sd2", "tiny_sdxl"]
+__all__ = ["dreambooth_dir", "tiny_sd1", "tiny_sd2", "tiny_sdxl", "tree"]
 
 # The tensors are tiny: a second thread gains nothing, and on a busy machine costs ten times more.
 torch.set_num_threads(1)
