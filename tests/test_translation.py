@@ -24,7 +24,7 @@ class OneLine(Technique):
     def __init__(self, line: Callable[[Work], Tensor], state: dict[str, Kind] | None = None):
         self.line, self.kept = line, state or {}
 
-    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
+    def state(self, role: str, entry: Mapping[str, Any], shape: torch.Size) -> dict[str, Kind]:
         return self.kept
 
     def apply(self, work: Work) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .chain import Variant
+from .lines import AXES, lines_of
 from .roles import family_of
 from .techniques.base import Technique
 
@@ -104,6 +105,15 @@ class Batch:
         return torch.tensor(self.sizes)
 
     @cached_property
+    def lines(self) -> Tensor:
+        """`[4, parameters]` int64: the width and height of each one's matrices, the size of its
+        filters, and how many lines it has of the axis of which it has most."""
+        shapes = [param.shape for param in self.params]
+        sizes = [[lines_of(shape, axis).size for axis in AXES] for shape in shapes]
+        most = [max(lines_of(shape, axis).count for axis in AXES) for shape in shapes]
+        return torch.cat([torch.tensor(sizes).T, torch.tensor([most])])
+
+    @cached_property
     def group_index(self) -> Tensor:
         """`[parameters]`: the index of each one's group."""
         return torch.tensor(self.groups)
@@ -127,7 +137,7 @@ class Turn:
         index: `[active]`, which parameters have a gradient; a slice where all have.
         params, entries, roles: those parameters, and what the batch knows of them.
         grads: their gradients, contiguous and of the parameters' type.
-        numbers: float64 `[8, active]`, what `PER_TENSOR` names, on the parameters' device.
+        numbers: float64 `[numbers, active]`, what `PER_TENSOR` names, on the parameters' device.
         factors: of each technique that has one, float64 `[active]`, there too.
     """
 
@@ -143,7 +153,6 @@ class Turn:
     def tell(
         self,
         groups: Sequence[dict[str, Any]],
-        chain: Sequence[Technique],
         prepared: Mapping[Technique, Tensor],
         pair_norms: Tensor,
     ) -> None:
@@ -159,7 +168,7 @@ class Turn:
         device, positions = self.batch.variant.device, self.batch.position_index[self.index]
         norms = pair_norms.to(device)[positions]
         self.numbers = torch.cat([torch.stack(rows).to(device), norms.unsqueeze(0)])
-        for technique in chain:
+        for technique in self.batch.variant.chain:
             if not technique.has_factor:
                 continue
             factor = prepared.get(technique)
@@ -239,4 +248,8 @@ def _asked(technique: Technique, family: str, step: int) -> float:
 
 
 def _hyper(group: dict[str, Any]) -> list[float]:
-    return [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
+    """A group's numbers in the order of `HYPER`."""
+    betas, eps = group["betas"], group["eps"]
+    several = eps if isinstance(eps, tuple) else (eps,)
+    padded = [*betas, *[0.0] * (3 - len(betas)), *several, *[0.0] * (3 - len(several))]
+    return [group["lr"], *padded, group["weight_decay"]]

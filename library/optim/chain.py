@@ -5,7 +5,7 @@ The same lines run on tensors (`eager`) and are translated to C++ (`native`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .state import CODES, FIXED, QUANTIZABLE, Kind, decode, encode
+from .lines import Axis
+from .state import CODES, FIXED, NEAREST, Kind, axis_of, decode, encode
 from .techniques.base import Technique, Work
 
-PER_TENSOR = ("numel", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "pair_norm")
+HYPER = ("lr", "beta1", "beta2", "beta3", "eps", "eps2", "eps3", "weight_decay")
+"""What a group sets, in numbers."""
+
+PER_TENSOR = ("numel", "step", *HYPER, "pair_norm")
 """What the chain is told of each tensor, beside factors."""
 
 
@@ -27,12 +31,22 @@ class Blocks(Protocol):
 
     def spread(self, per_tensor: Tensor) -> Tensor: ...
 
+    def line_sum(self, matrix: Tensor, axis: Axis) -> Tensor: ...
+
+    def line_mean(self, matrix: Tensor, axis: Axis) -> Tensor: ...
+
+    def spread_lines(self, lines: Tensor, axis: Axis) -> Tensor: ...
+
+    def to_lines(self, per_tensor: Tensor, axis: Axis) -> Tensor: ...
+
+    def mean_of_rows(self, rows: Tensor) -> Tensor: ...
+
     def largest(self, matrix: Tensor) -> Tensor:
         """`[blocks, 1]`: the largest number of each block."""
         ...
 
-    def noise(self, number: int) -> Tensor:
-        """int32 of 20 bits, the `number`-th draw of this step."""
+    def noise(self, number: int, axis: Axis | None = None) -> Tensor:
+        """int32 of 20 bits for each element or line, the `number`-th draw of this step."""
         ...
 
 
@@ -41,17 +55,21 @@ class Variant:
     """What tensors must have in common to run through a chain together.
 
     Attributes:
+        chain: the techniques that take part in the step.
         device, dtype: the parameters'.
-        kept: what the chain keeps of them, by name.
-        quantized: whether moments are held in 8 bits.
+        kept: what is kept of them, by name.
+        coded: the names of what is held in 8 bits.
         stochastic: whether bfloat16 and float16 parameters are rounded stochastically.
+        stochastic_codes: whether codes of 8 bits are; else to the nearest.
     """
 
+    chain: tuple[Technique, ...]
     device: torch.device
     dtype: torch.dtype
     kept: tuple[tuple[str, Kind], ...]
-    quantized: bool
+    coded: frozenset[str]
     stochastic: bool
+    stochastic_codes: bool = True
 
     @property
     def maths(self) -> torch.dtype:
@@ -61,11 +79,7 @@ class Variant:
     @property
     def slots(self) -> list[Slot]:
         """The tensors that are held of each parameter."""
-        slots = []
-        for name, kind in self.kept:
-            coded = self.quantized and kind in QUANTIZABLE
-            slots.append(Slot(name, kind, coded))
-        return slots
+        return [Slot(name, kind, name in self.coded) for name, kind in self.kept]
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,11 @@ class Slot:
     name: str
     kind: Kind
     coded: bool
+
+    @property
+    def axis(self) -> Axis | None:
+        """What it has a number of: each row or column, or each element (or the tensor)."""
+        return axis_of(self.kind)
 
     @property
     def scale(self) -> str:
@@ -99,12 +118,18 @@ class Slot:
             return CODES[self.kind]
         if self.kind == "initial":
             return variant.dtype
-        own = {"whole": torch.int16, "packed": torch.uint8, "scalar": torch.float64}
-        return own.get(self.kind, variant.maths)
+        return _STORED.get(self.kind, variant.maths)
+
+
+_STORED: dict[Kind, torch.dtype] = {
+    "whole": torch.int16,
+    "byte": torch.uint8,
+    "packed": torch.uint8,
+    "scalar": torch.float64,
+}
 
 
 def advance(
-    chain: Sequence[Technique],
     variant: Variant,
     held: Mapping[str, Tensor],
     p: Tensor,
@@ -122,7 +147,8 @@ def advance(
     state = {slot.name: _read(slot, held) for slot in variant.slots}
     arguments: dict[str, Any] = dict(per_tensor)
     work = Work(layout=blocks, **arguments, factors=factors, grad=grad, p=p, state=state)
-    for technique in chain:
+    before = dict(state)
+    for technique in variant.chain:
         technique.apply(work)
     if undeclared := work.state.keys() - {slot.name for slot in variant.slots}:
         raise ValueError(
@@ -133,11 +159,16 @@ def advance(
     draws = 0
     for slot in variant.slots:
         value = work.state[slot.name]
+        if value is before[slot.name]:
+            continue  # kept for another phase
+        if slot.kind in FIXED:
+            raise ValueError(f"A technique changes '{slot.name}', which is of kind {slot.kind}.")
         if slot.coded:
-            codes, scale = encode(value, slot.kind, blocks.noise(draws), blocks.largest)
+            noise_here = blocks.noise(draws, slot.axis) if variant.stochastic_codes else NEAREST
+            codes, scale = encode(value, slot.kind, noise_here, blocks.largest)
             after |= {slot.name: codes, slot.scale: scale}
             draws += 1
-        elif slot.kind not in FIXED:
+        else:
             after[slot.name] = value
     new_p = work.new_p
     if variant.stochastic:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .arguments import check_values, plain
 from .layout import BLOCK, layout_of
+from .lines import shape_of_lines
 from .state import CODES, NEAREST, QUANTIZABLE, Kind, decode, encode
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def complete(optimizer: ChainOptimizer, param: Tensor) -> None:
         if technique.settles(state):
             technique.settle(state)
     variant = optimizer.variant(param)
+    for name in optimizer.outlived(param, state):
+        del state[name]
     for slot in variant.slots:
         _check_shapes(optimizer, param, state, slot, variant)
         for name, (shape, dtype) in _forms(slot, variant, param).items():
@@ -72,8 +75,10 @@ def _forms(
 ) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and type of the tensors that hold a slot, by name."""
     shape = torch.Size() if slot.kind == "scalar" else param.shape
+    if slot.axis:
+        shape = shape_of_lines(shape, slot.axis)
     forms = {slot.name: (shape, slot.stored(variant))}
-    blocks = -(-param.numel() // BLOCK)
+    blocks = -(-shape.numel() // BLOCK)
     if slot.coded:
         forms[slot.scale] = torch.Size([blocks]), torch.float32
     if slot.kind == "packed":
@@ -202,7 +207,8 @@ def _restore(
         if kind not in QUANTIZABLE or name not in state:
             _check_shapes(optimizer, param, state, slot, variant)
             continue
-        if state[name].shape != param.shape:
+        shape, _ = _forms(slot, variant, param)[name]
+        if state[name].shape != shape:
             raise ValueError(
                 f"The saved '{name}' of {optimizer.roles.call(param)} has shape "
                 f"{tuple(state[name].shape)}, the parameter {tuple(param.shape)}."

@@ -33,14 +33,16 @@ from .arguments import (
 from .batch import Batch, Turn, make_turn
 from .chain import PER_TENSOR, Variant
 from .finite import all_finite
+from .layout import BLOCK
+from .lines import lines_of
 from .native import availability, build
 from .native.run import Look, NativeChain, compile_all
 from .overview import Overview
 from .products import lora_row_norms
 from .roles import Roles, group_names
 from .scratch import ScratchPool
-from .state import KINDS, Kind
-from .techniques.base import TINY, Technique
+from .state import KINDS, QUANTIZABLE, Kind, axis_of
+from .techniques.base import FOREVER, TINY, Technique
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         backend: `compiled` runs float32 and bfloat16 parameters on the processor as machine code
             made with the C++ compiler of this machine; `eager` runs all by PyTorch's operations;
             `auto` compiles where there is a compiler.
+        stochastic_codes: whether 8-bit state is rounded stochastically; else to the nearest.
 
     Raises:
         ValueError: an impossible hyper-parameter, or names that do not match the parameters.
@@ -102,8 +105,10 @@ class ChainOptimizer(torch.optim.Optimizer):
         bf16_rounding: Literal["stochastic", "nearest"],
         nonfinite: Literal["raise", "skip"],
         backend: Literal["auto", "compiled", "eager"],
+        stochastic_codes: bool = True,
     ) -> None:
         self.chain = tuple(chain)
+        self.stochastic_codes = stochastic_codes
         self.optim_bits = optim_bits
         self.min_8bit_size = min_8bit_size
         self.bf16_rounding = bf16_rounding
@@ -229,11 +234,28 @@ class ChainOptimizer(torch.optim.Optimizer):
 
     def kept(self, param: Tensor, entry: Mapping[str, Any] | None = None) -> dict[str, Kind]:
         """What the chain keeps of a parameter, by name; `entry` stands for its state."""
-        role = self.roles.role[param]
         entry = self.state.get(param, {}) if entry is None else entry
+        step = entry.get("step", 0) + 1
+        return self._kept_by(
+            [link for link in self.chain if link.steps is None or step < link.steps.stop],
+            param,
+            entry,
+        )
+
+    def outlived(self, param: Tensor, entry: Mapping[str, Any]) -> list[str]:
+        """The names of what of a parameter's state only techniques had a use for whose steps are
+        over."""
+        kept = self.kept(param, entry)
+        over = self._kept_by(self.chain, param, entry).keys() - kept
+        return [name for slot in over for name in (slot, f"{slot}_scale") if name in entry]
+
+    def _kept_by(
+        self, links: Sequence[Technique], param: Tensor, entry: Mapping[str, Any]
+    ) -> dict[str, Kind]:
+        role = self.roles.role[param]
         kept: dict[str, Kind] = {}
-        for link in self.chain:
-            for name, kind in link.state(role, entry).items():
+        for link in links:
+            for name, kind in link.state(role, entry, param.shape).items():
                 if kind not in KINDS or kept.get(name, kind) != kind:
                     raise ValueError(
                         f"{type(link).__name__} keeps '{name}' as '{kind}': a kind is one of "
@@ -252,6 +274,7 @@ class ChainOptimizer(torch.optim.Optimizer):
             "chain",
             "optim_bits",
             "min_8bit_size",
+            "stochastic_codes",
             "bf16_rounding",
             "nonfinite",
             "backend",
@@ -334,13 +357,14 @@ class ChainOptimizer(torch.optim.Optimizer):
         """Make what is missing of the programs for this step, and for when state has settled: no
         later step has to wait for the compiler."""
         forms = [form for link in self.chain for form in link.settled]
+        forms += [{"step": begins - 1} for begins in self._turning_points]
         variants = []
         for batch in (turn.batch for turn in turns):
             if batch not in self._native and self._compiles(batch.variant):
                 settled = [self.variant(batch.params[0], form) for form in forms]
                 variants += [batch.variant, *settled]
         if variants:
-            compile_all(self.chain, variants)
+            compile_all(variants)
 
     def _look(self, turn: Turn) -> Look | None:
         """Machine code's look at gradients; None where PyTorch's operations run the step."""
@@ -348,7 +372,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         if not self._compiles(batch.variant):
             return None
         if batch not in self._native:
-            self._native[batch] = NativeChain(self.chain, batch, self.roles.lora_pairs)
+            self._native[batch] = NativeChain(batch, self.roles.lora_pairs)
         return self._native[batch].look(turn)
 
     def _pair_norms(self, looks: Sequence[Look | None]) -> Tensor:
@@ -397,14 +421,37 @@ class ChainOptimizer(torch.optim.Optimizer):
 
     def variant(self, param: Tensor, entry: Mapping[str, Any] | None = None) -> Variant:
         """What decides with which others a parameter runs; `entry` stands for its state."""
+        entry = self.state.get(param, {}) if entry is None else entry
+        kept = self.kept(param, entry)
         low = param.dtype in (torch.bfloat16, torch.float16)
         return Variant(
+            chain=self._acting(entry.get("step", 0) + 1),
             device=param.device,
             dtype=param.dtype,
-            kept=tuple(self.kept(param, entry).items()),
-            quantized=self.uses_8bit(param),
+            kept=tuple(kept.items()),
+            coded=frozenset(name for name, kind in kept.items() if self._codes(param, kind)),
             stochastic=low and self.bf16_rounding == "stochastic",
+            stochastic_codes=self.stochastic_codes,
         )
+
+    def _codes(self, param: Tensor, kind: Kind) -> bool:
+        """Whether what is kept of this kind is held in 8 bits. Of lines where a scale is worth it:
+        a LoRA's few numbers along its rank each act on thousands of elements."""
+        if not self.uses_8bit(param) or kind not in QUANTIZABLE:
+            return False
+        axis = axis_of(kind)
+        return axis is None or lines_of(param.shape, axis).count >= BLOCK
+
+    def _acting(self, step: int) -> tuple[Technique, ...]:
+        """The techniques that take part in a parameter's step."""
+        return tuple(link for link in self.chain if link.steps is None or step in link.steps)
+
+    @property
+    def _turning_points(self) -> list[int]:
+        """The steps of a parameter at which techniques begin or end to take part."""
+        ranges = [link.steps for link in self.chain if link.steps is not None]
+        ends = {end for steps in ranges for end in (steps.start, steps.stop)}
+        return sorted(end for end in ends if 1 < end < FOREVER)
 
     def _batches_now(self) -> list[Batch]:
         """All parameters in batches; made anew where a parameter or its state has moved."""
@@ -414,7 +461,7 @@ class ChainOptimizer(torch.optim.Optimizer):
             self._forget()
             self._grouped = grouped
         as_before = seen == self._seen and all(batch.is_as_before() for batch in self._batches)
-        if self._batches and as_before and not self._settles():
+        if self._batches and as_before and not self._settles() and not self._turns():
             return self._batches
         batches: dict[Variant, Batch] = {}
         position = 0
@@ -430,6 +477,16 @@ class ChainOptimizer(torch.optim.Optimizer):
                 position += 1
         self._batches, self._native, self._seen = list(batches.values()), {}, seen
         return self._batches
+
+    def _turns(self) -> bool:
+        """Whether other techniques take part in a parameter's next step than in the one before."""
+        if all(link.steps is None for link in self.chain):
+            return False
+        return any(
+            self._acting(step + 1) != batch.variant.chain
+            for batch in self._batches
+            for step in {entry["step"] for entry in batch.entries if entry}
+        )
 
     def _settles(self) -> bool:
         """Whether a parameter's state is to take another form now."""
@@ -457,11 +514,11 @@ class ChainOptimizer(torch.optim.Optimizer):
             whole = k if isinstance(turn.index, slice) else int(turn.index[k])
             batch.begin(whole, self.state[param])
             self._seen.append(id(self.state[param]))
-        turn.tell(self.param_groups, self.chain, prepared, norms)
+        turn.tell(self.param_groups, prepared, norms)
         if look:
             report = self._native[batch].run(turn, look)
         else:
-            report = eager.run(self.chain, turn)
+            report = eager.run(turn)
         for entry in turn.entries:
             entry["step"] += 1
         return StepRecord(turn.roles, report)

@@ -6,7 +6,7 @@ bits behind it are kept. So codes lie evenly below the floor and an eighth of an
 it, and encoding is an addition and a shift:
 
 - signed (m):    a sign and 127 steps, floor 2⁻¹⁶ of the block's largest
-- positive (v):  255 steps, floor 2⁻³²: for √v, too, 2⁻¹⁶
+- positive (v):  255 steps, floor 2⁻³²: for √v, too, 2⁻¹⁶; also for sums over rows and columns
 
 The elements of a block may differ in their gradients by four orders of magnitude (rows of LoRA over
 channels with large activations do), so range is worth more than steps; rounding errors are averaged
@@ -28,16 +28,31 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Kind = Literal["signed", "positive", "whole", "packed", "scalar", "initial"]
-"""What a technique keeps of a parameter: a signed or a positive value for each element (these may
-be held in 8 bits), a whole number for each element in 16 bits or packed into ten, one float64 for
-the tensor, or the parameter's own initial value."""
+from .lines import Axis
+
+Kind = Literal[
+    "signed", "positive", "row", "column", "whole", "byte", "packed", "scalar", "initial"
+]
+"""What a technique keeps of a parameter: a signed or a positive value for each element, a positive
+one for each row or column (these may be held in 8 bits); a whole number for each element in 16
+bits, in eight or packed into ten; one float64 for the tensor; or the parameter's own initial
+value."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-QUANTIZABLE: tuple[Kind, ...] = ("signed", "positive")
-CODES: dict[Kind, torch.dtype] = {"signed": torch.int8, "positive": torch.uint8}
-FIXED: tuple[Kind, ...] = ("packed", "initial")
+QUANTIZABLE: tuple[Kind, ...] = ("signed", "positive", "row", "column")
+CODES: dict[Kind, torch.dtype] = {
+    "signed": torch.int8,
+    "positive": torch.uint8,
+    "row": torch.uint8,
+    "column": torch.uint8,
+}
+FIXED: tuple[Kind, ...] = ("byte", "packed", "initial")
 """Kinds that a step reads and never writes."""
+
+
+def axis_of(kind: Kind) -> Axis | None:
+    """What there is a number of: each row or column, or each element."""
+    return kind if kind == "row" or kind == "column" else None
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -65,7 +80,13 @@ class _Code(NamedTuple):
         return 0.9375 - self.floor
 
 
-_CODE: dict[Kind, _Code] = {"signed": _Code(16), "positive": _Code(32)}
+_POSITIVE = _Code(32)
+_CODE: dict[Kind, _Code] = {
+    "signed": _Code(16),
+    "positive": _POSITIVE,
+    "row": _POSITIVE,
+    "column": _POSITIVE,
+}
 
 NEAREST = 1 << 19
 """The noise that rounds to the nearest code."""
@@ -86,7 +107,7 @@ def encode(
 
     Args:
         x: float32 `[blocks, 256]`.
-        kind: `signed` or `positive`.
+        kind: one of `QUANTIZABLE`.
         noise: int32 of 20 bits for stochastic rounding; their half rounds to the nearest.
         largest: gives the largest value of each block.
 

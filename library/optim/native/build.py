@@ -21,7 +21,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent
-_HEADERS = ("lanes.h", "call.h", "products.h", "driver.h")
+_HEADERS = ("lanes.h", "call.h", "lines.h", "products.h", "driver.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 
 _compilations = 0

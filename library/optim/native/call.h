@@ -12,6 +12,8 @@ struct Call {
   const int64_t* ranks;       // [tensors], at the first half of a LoRA pair in this order: its rank,
                               // negative if that half is B; 0 elsewhere
   const int64_t* numel;       // [tensors]
+  const int64_t* lines;       // [4, tensors], sizes of rows, columns and filters, and how many lines
+                              // there are of the axis that has most
   const void* const* grads;   // [tensors]
   double* looked;             // [LOOKS, tensors], sums over gradients alone
   double* given;              // [numbers, tensors]

@@ -1,7 +1,8 @@
 // Leads tensors through the phases of a chain. What comes before this file in the program is made
 // from the chain itself: look(), begin(), pass() and after(); how many PHASES, SUMS, LOOKS (sums of the
 // look) and VALUES it has and how many numbers of an element are KEPT; the type of a parameter's
-// Number and the row of the pairs' NORM.
+// Number and the row of the pairs' NORM; how many SLOTS there are for what is known of lines, the
+// table of sums over lines, and know(), which computes what is known of lines before a phase.
 //
 // A phase runs over a tensor's blocks, sums what a later phase needs, and writes what no later one
 // makes use of.
@@ -22,7 +23,8 @@
 
 constexpr int64_t CHUNK = 16;    // blocks whose sums are added first
 constexpr int64_t LARGE = 2048;  // blocks: half a million elements, a core's cache
-constexpr int64_t SHARE = 16;    // chunks of a large tensor that a thread takes at once
+constexpr int64_t SHARE = 16;    // chunks of a large tensor that a thread takes at once, at least
+constexpr int64_t BANDS = 64;    // into how many parts a large tensor is divided, at most
 constexpr int64_t TASK = 64;     // blocks: small tensors that a thread takes at once
 constexpr int64_t PIECE = 256;   // blocks of gradients that a thread looks at at once
 
@@ -35,6 +37,34 @@ static int threads_for(const Call& call) {
   return std::min<int64_t>(call.threads, (all + TASK - 1) / TASK);
 }
 
+// The arrays of what is known of a tensor's lines.
+struct LineValues {
+  Lines lines{};
+  std::vector<float> values;
+  std::vector<float*> to;
+  void begin(const Call& call, int64_t i) {
+    if (!SLOTS) return;
+    lines = lines_of(call, i);
+    if (values.size() < (size_t)(SLOTS * lines.stride)) values.resize(SLOTS * lines.stride);
+    to.resize(LINE_SUMS);
+    lines.values = values.data();
+    for (int s = 0; s < LINE_SUMS; ++s) to[s] = lines.at(s);
+    lines.to = to.data();
+  }
+  void clear(int phase) {
+    for (int s = 0; s < LINE_SUMS; ++s)
+      if (LINE_SUM[s].phase == phase) std::fill_n(lines.at(s), lines.stride, 0.0f);
+  }
+  void finish(int phase) {
+    for (int s = 0; s < LINE_SUMS; ++s) {
+      if (LINE_SUM[s].phase != phase || !LINE_SUM[s].mean) continue;
+      const Axis& axis = lines.axes[LINE_SUM[s].axis];
+      const float share = 1.0f / axis.size;
+      for (int64_t k = 0; k < axis.count; ++k) lines.at(s)[k] *= share;
+    }
+  }
+};
+
 static void add_up(const double* partial, int64_t chunks, double* sums) {
   for (int s = 0; s < SUMS; ++s) sums[s] = 0;
   for (int64_t c = 0; c < chunks; ++c)
@@ -44,46 +74,107 @@ static void add_up(const double* partial, int64_t chunks, double* sums) {
 static void small_tensor(const Call& call, int64_t i, float* kept) {
   double values[VALUES + 1], sums[SUMS + 1], partial[(LARGE / CHUNK) * SUMS + 1];
   const int64_t blocks = blocks_of(call, i), chunks = (blocks + CHUNK - 1) / CHUNK;
+  static thread_local LineValues known;
+  known.begin(call, i);
   begin(call, i, values);
+  know(1, call, i, values, known.lines);
   for (int phase = 1; phase <= PHASES; ++phase) {
+    known.clear(phase);
     for (int64_t c = 0; c < chunks; ++c)
       pass(phase, call, i, c * CHUNK, std::min(blocks, (c + 1) * CHUNK), values,
-           partial + c * SUMS, kept, LARGE * BLOCK);
+           partial + c * SUMS, kept, LARGE * BLOCK, known.lines);
     add_up(partial, chunks, sums);
     after(phase, call, i, values, sums);
+    known.finish(phase);
+    know(phase + 1, call, i, values, known.lines);
   }
 }
+
+// A part of a large tensor that one thread works on, with sums over the lines that it has of its own.
+struct Band {
+  int64_t first, last;  // chunks
+  std::vector<float> sums[LINE_SUMS + 1];
+  int64_t begins[LINE_SUMS + 1];  // the first line of each
+  float* to[LINE_SUMS + 1];
+
+  void clear(const Call& call, int64_t i, const Lines& lines, int phase) {
+    const int64_t from = first * CHUNK * BLOCK, end = std::min(last * CHUNK * BLOCK, call.numel[i]);
+    for (int s = 0; s < LINE_SUMS; ++s) {
+      if (LINE_SUM[s].phase != phase) continue;
+      const Axis& axis = lines.axes[LINE_SUM[s].axis];
+      const int64_t matrix = axis.size * axis.inner;
+      begins[s] = from / matrix * axis.inner;
+      sums[s].assign(((end - 1) / matrix + 1) * axis.inner - begins[s], 0.0f);
+      to[s] = sums[s].data() - begins[s];
+    }
+  }
+  void add_to_tensor(const Lines& lines, int phase) {
+    for (int s = 0; s < LINE_SUMS; ++s)
+      if (LINE_SUM[s].phase == phase) add_to(lines.at(s) + begins[s], sums[s].data(), sums[s].size());
+  }
+};
 
 // What threads share of a large tensor.
 struct Shared {
   double values[VALUES + 1], sums[SUMS + 1];
   std::vector<double> partial;
   std::vector<float> kept;
+  LineValues known;
+  std::vector<Band> bands;
   std::atomic<int64_t> next{0};
+
+  // Where there are sums over lines, at most so many bands that their sums stay small beside the tensor.
+  void divide(int64_t blocks, int64_t chunks) {
+    int64_t share = SHARE;
+    if (LINE_SUMS) {
+      const int64_t most = std::clamp<int64_t>(blocks * BLOCK / known.lines.stride / 8, 1, BANDS);
+      share = std::max(share, (chunks + most - 1) / most);
+    }
+    bands.resize((chunks + share - 1) / share);
+    for (size_t k = 0; k < bands.size(); ++k) {
+      bands[k].first = k * share;
+      bands[k].last = std::min<int64_t>(chunks, (k + 1) * share);
+    }
+  }
 };
 
 // Called by all threads of a team.
 static void large_tensor(const Call& call, int64_t i, Shared& shared) {
   const int64_t blocks = blocks_of(call, i), chunks = (blocks + CHUNK - 1) / CHUNK;
+  LineValues& known = shared.known;
 #pragma omp master
   {
+    known.begin(call, i);
     begin(call, i, shared.values);
+    know(1, call, i, shared.values, known.lines);
     shared.partial.resize(chunks * SUMS + 1);
     shared.kept.resize(KEPT * blocks * BLOCK);
+    shared.divide(blocks, chunks);
   }
   for (int phase = 1; phase <= PHASES; ++phase) {
 #pragma omp master
-    shared.next = 0;
+    {
+      shared.next = 0;
+      known.clear(phase);
+    }
 #pragma omp barrier
-    for (int64_t c; (c = shared.next.fetch_add(SHARE)) < chunks;)
-      for (const int64_t end = std::min(chunks, c + SHARE); c < end; ++c)
+    for (int64_t k; (k = shared.next.fetch_add(1)) < (int64_t)shared.bands.size();) {
+      Band& band = shared.bands[k];
+      band.clear(call, i, known.lines, phase);
+      Lines lines = known.lines;
+      lines.to = band.to;
+      for (int64_t c = band.first; c < band.last; ++c)
         pass(phase, call, i, c * CHUNK, std::min(blocks, (c + 1) * CHUNK), shared.values,
-             shared.partial.data() + c * SUMS, shared.kept.data(), blocks * BLOCK);
+             shared.partial.data() + c * SUMS, shared.kept.data(), blocks * BLOCK, lines);
+    }
 #pragma omp barrier
 #pragma omp master
     {
+      for (Band& band : shared.bands) band.add_to_tensor(known.lines, phase);
       add_up(shared.partial.data(), chunks, shared.sums);
       after(phase, call, i, shared.values, shared.sums);
+      known.finish(phase);
+      know(phase + 1, call, i, shared.values, known.lines);
     }
   }
 }

@@ -16,6 +16,7 @@ from .graph import (
     name_of,
     number_kind,
     spread,
+    to_lines,
 )
 
 # Operations by name; {0}, {1}, … are the arguments. The functions are those of lanes.h.
@@ -75,7 +76,7 @@ class Expressions:
             UntranslatableError: an operation without translation.
         """
         name, kind = name_of(node), self.values[node].kind
-        if node.target is spread:
+        if node.target in (spread, to_lines):
             return self.argument(node.args[0], level)
         if name == "view":
             return f"as<{'I' if kind == 'int' else 'V'}>({self.argument(node.args[0], level)})"

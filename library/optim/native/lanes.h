@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -114,9 +115,19 @@ static inline V power(V x, V y) {
 }
 static inline double exponential(double x) { return std::exp(x); }
 static inline float exponential(float x) { return std::exp(x); }
+// 2ⁿ·eʳ with |r| ≤ ln 2/2, where Taylor's series to the seventh power is exact to a float's last bit.
 static inline V exponential(V x) {
-  for (int l = 0; l < LANES; ++l) x[l] = std::exp(x[l]);
-  return x;
+  x = smaller(larger(x, splat(-104.0f)), splat(89.0f));
+  const V half = where(x < 0, splat(-0.5f), splat(0.5f));
+  const I n = to_int(x * 1.44269504f + half);
+  const V whole = to_float(n);
+  // ln 2 in two parts: the first has so few digits that its product is exact.
+  const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  V y = splat(1.0f / 5040);
+  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    y = y * r + term;
+  const I low = n >> 1;  // 2ⁿ itself may be no float
+  return y * as<V>((low + 127) << 23) * as<V>((n - low + 127) << 23);
 }
 
 // Memory to lanes and back. What lies there is told by the type of the pointer.
@@ -194,6 +205,16 @@ struct Sum {
     return x;
   }
 };
+
+static inline float total(V x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float y = x[0];
+  for (int l = 1; l < LANES; ++l) y += x[l];
+  return y;
+#endif
+}
 
 static inline float largest(V x) {
 #if defined(__AVX512F__)

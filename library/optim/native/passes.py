@@ -6,12 +6,15 @@ arithmetic, but for what takes more than a few operations (`ChainGraph.kept`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
 from ..chain import Variant
+from ..lines import AXES
 from .expressions import Expressions
-from .graph import ChainGraph, Level, block_max, draw, only
+from .graph import ChainGraph, Level, block_max, draw, only, spread_lines
 
 _TYPES = {
     torch.float64: "double",
@@ -56,29 +59,53 @@ class Memory:
 
 
 class Pass:
-    """One pass: for each block, its loops over elements and what lies between them."""
+    """One pass: for each block, its loops over elements and what lies between them.
+
+    Attributes:
+        nodes: what it loads or computes, in order.
+        sums, line_sums: what it sums up.
+        loaded, stored: of the nodes, those that an earlier pass has left and those that are left
+            for a later one, and where.
+    """
 
     head = (
         "static void pass{phase}(const Call& call, int64_t i, int64_t first, int64_t last, "
-        "const double* t, double* sums, float* kept, int64_t stride)"
+        "const double* t, double* sums, float* kept, int64_t stride, const Lines& lines)"
     )
+    length = "call.numel[i]"
 
     def __init__(
         self, graph: ChainGraph, expressions: Expressions, memory: Memory, phase: int
     ) -> None:
         self.graph, self.expressions, self.memory, self.phase = graph, expressions, memory, phase
         self.values, self.number = graph.values, expressions.number
-        self.nodes = graph.needed(phase)
-        self.sums = graph.sums_of(phase)
-        self.loaded = [n for n, made in self.graph.kept.items() if made < phase and n in self.nodes]
+        self.sums: list[fx.Node] = []
+        self.line_sums: list[fx.Node] = []
+        self.nodes: list[fx.Node] = []
+        self.loaded: dict[fx.Node, str] = {}
+        self.stored: dict[fx.Node, str] = {}
+        self.choose()
         self.loop = self.loops()
         self.last_loop = max(self.loop.values(), default=0)
+
+    def choose(self) -> None:
+        """Decide what it loads, computes, sums up and leaves."""
+        graph, phase = self.graph, self.phase
+        self.nodes = graph.needed(phase)
+        self.sums = graph.sums_of(phase)
+        self.line_sums = graph.line_sums_of(phase)
+        for k, (node, made) in enumerate(graph.kept.items()):
+            where = f"kept + {k} * stride + at + j"
+            if made < phase and node in self.nodes:
+                self.loaded[node] = where
+            elif made == phase:
+                self.stored[node] = where
 
     def loops(self) -> dict[fx.Node, int]:
         """In which loop over the block's elements a node is computed, or before which a block's."""
         loop: dict[fx.Node, int] = {}
         for node in self.nodes:
-            if node in self.loaded or node.op == "placeholder":
+            if self.is_loaded(node):
                 loop[node] = 0
                 continue
             before = [loop[arg] for arg in node.all_input_nodes if arg in loop]
@@ -119,8 +146,10 @@ class Pass:
 
     def block(self) -> list[str]:
         lines = ["const int64_t at = b * BLOCK;"]
-        lines.append("const int n = (int)std::min<int64_t>(BLOCK, call.numel[i] - at);")
+        lines.append(f"const int n = (int)std::min<int64_t>(BLOCK, {self.length} - at);")
         lines += self.open_inputs()
+        lines += self.spread_numbers()
+        lines += [f"float r{self.number[node]}[BLOCK];" for node in self.line_sums]
         handed = self.handed_on()
         lines += [f"{self.lanes(node)} a{self.number[node]}[BLOCK / LANES];" for node in handed]
         maxima = [node for node in self.nodes if node.target is block_max]
@@ -132,7 +161,24 @@ class Pass:
             lines += ["  " + line for line in self.one_loop(loop, handed)]
             lines.append("}")
         lines += [f"sum{self.number[node]}.add(l{self.number[node]});" for node in self.sums]
+        for node in self.line_sums:
+            axis, slot = self.axis_of(node), self.graph.line_sums.index(node)
+            lines.append(f"add_lines({axis}, at, n, r{self.number[node]}, lines.to[{slot}]);")
         return lines + self.close_outputs()
+
+    def axis_of(self, node: fx.Node) -> str:
+        """The axis of what is summed or spread along lines."""
+        return f"lines.axes[{AXES.index(node.args[1])}]"  # type: ignore[arg-type]
+
+    def spread_numbers(self) -> list[str]:
+        """The numbers of lines that the block's elements need, one for each of these."""
+        lines = []
+        for node in self.nodes:
+            if node.target is spread_lines:
+                index, slot = self.number[node], self.graph.slots[node.all_input_nodes[0]]
+                where = f"{self.axis_of(node)}, at, n, lines.at({slot}), e{index}"
+                lines += [f"float e{index}[BLOCK];", f"spread_lines({where});"]
+        return lines
 
     def lanes(self, node: fx.Node) -> str:
         return "V" if self.values[node].kind == "real" else "I"
@@ -168,7 +214,8 @@ class Pass:
         return [user for user in node.users if user in self.loop and user.target is not block_max]
 
     def is_loaded(self, node: fx.Node) -> bool:
-        return node.op == "placeholder" or node.target is draw or node in self.loaded
+        from_memory = node.op == "placeholder" or node in self.loaded
+        return from_memory or node.target in (draw, spread_lines)
 
     def is_near(self, node: fx.Node) -> bool:
         """Whether nothing but what is loaded, or known of the tensor, goes into a node."""
@@ -184,10 +231,14 @@ class Pass:
             if node in self.nodes and self.values[node].level == Level.ELEMENT
         ]
 
+    def written(self) -> list[str]:
+        """The names of the outputs that it writes."""
+        return self.graph.written(self.phase)
+
     def tensors_written(self) -> list[str]:
         return [
             name
-            for name in self.graph.written(self.phase)
+            for name in self.written()
             if self.values[self.graph.outputs[name]].level == Level.ELEMENT
         ]
 
@@ -226,7 +277,7 @@ class Pass:
             size = f"n * sizeof({self.memory.type(name)})"
             to = f"{self.memory.address(name)} + at"
             lines.append(f"if (n < BLOCK) std::memcpy({to}, {name}_end, {size});")
-        for name in self.graph.written(self.phase):
+        for name in self.written():
             node = self.graph.outputs[name]
             if self.values[node].level == Level.BLOCK:
                 lines.append(f"{self.memory.address(name)}[b] = b{self.number[node]};")
@@ -260,15 +311,18 @@ class Pass:
         for node in handed:
             if self.loop[node] == loop:
                 lines.append(f"a{self.number[node]}[j / LANES] = v{self.number[node]};")
-        for node, made in self.graph.kept.items():
-            if made == self.phase and node in self.loop and self.loop[node] == loop:
-                lines.append(f"store({self.kept_at(node)}, as<V>(v{self.number[node]}));")
+        for node, where in self.stored.items():
+            if self.loop.get(node) == loop:
+                lines.append(f"store({where}, as<V>(v{self.number[node]}));")
         for node in self.maxima_in(loop):
             of = self.number[only(node)]
             lines.append(f"x{self.number[node]} = larger(x{self.number[node]}, v{of});")
         for node in self.sums_in(loop):
             term = self.expressions.argument(node.args[0], Level.ELEMENT, "real")
             lines.append(f"l{self.number[node]} += {term};")
+        for node in self.line_sums_in(loop):
+            term = self.expressions.argument(node.args[0], Level.ELEMENT, "real")
+            lines.append(f"store(r{self.number[node]} + j, {term});")
         for name in self.written_in(loop):
             lines.append(f"store({name}_at + j, v{self.number[self.graph.outputs[name]]});")
         return lines
@@ -279,19 +333,18 @@ class Pass:
     def sums_in(self, loop: int) -> list[fx.Node]:
         return [n for n in self.sums if self.loop[only(n)] == loop]
 
+    def line_sums_in(self, loop: int) -> list[fx.Node]:
+        return [n for n in self.line_sums if self.loop[only(n)] == loop]
+
     def written_in(self, loop: int) -> list[str]:
         return [name for name in self.tensors_written() if self.store_loop(name) == loop]
 
     def used_in(self, loop: int, handed: list[fx.Node]) -> list[fx.Node]:
         """What a loop loads or computes, in order."""
         used: set[fx.Node] = set()
-        todo = [n for n in handed if self.loop[n] == loop]
-        todo += [
-            n
-            for n, made in self.graph.kept.items()
-            if made == self.phase and self.loop.get(n) == loop
-        ]
-        todo += [only(n) for n in (*self.maxima_in(loop), *self.sums_in(loop))]
+        todo = [n for n in (*handed, *self.stored) if self.loop.get(n) == loop]
+        sums = (*self.maxima_in(loop), *self.sums_in(loop), *self.line_sums_in(loop))
+        todo += map(only, sums)
         todo += [self.graph.outputs[name] for name in self.written_in(loop)]
         while todo:
             node = todo.pop()
@@ -308,9 +361,11 @@ class Pass:
             return f"load_quarter({node.name}_at, j)" if quarter else f"load({node.name}_at + j)"
         if node.target is draw:
             return f"load(d{self.number[node]} + j)"
+        if node.target is spread_lines:
+            return f"load(e{self.number[node]} + j)"
         if node in handed:
             return f"a{self.number[node]}[j / LANES]"
-        return f"as<{self.lanes(node)}>(load({self.kept_at(node)}))"
+        return f"as<{self.lanes(node)}>(load({self.loaded[node]}))"
 
     def store_loop(self, name: str) -> int:
         """In which loop an output is written: not before the last that reads what lies there."""
@@ -319,9 +374,6 @@ class Pass:
         again = [user for near in readers if self.is_near(near) for user in near.users]
         loops = [self.loop[user] for user in (*readers, *again) if user in self.loop]
         return max([self.loop[node], *loops])
-
-    def kept_at(self, node: fx.Node) -> str:
-        return f"kept + {list(self.graph.kept).index(node)} * stride + at + j"
 
 
 class LookPass(Pass):
@@ -349,3 +401,48 @@ class LookPass(Pass):
 
     def end(self) -> list[str]:
         return ["  return are_finite(largest);"]
+
+
+class LinePass(Pass):
+    """A pass over the lines of one axis, between two passes over elements."""
+
+    head = (
+        "static void lines{phase}_{turn}(const Call& call, int64_t i, const double* t, "
+        "const Lines& lines)"
+    )
+
+    def __init__(
+        self,
+        graph: ChainGraph,
+        expressions: Expressions,
+        memory: Memory,
+        phase: int,
+        nodes: Sequence[fx.Node],
+    ) -> None:
+        self.own = set(nodes)
+        self.axis = AXES.index(graph.values[nodes[0]].axis)  # type: ignore[arg-type]
+        self.length = f"lines.axes[{self.axis}].count"
+        super().__init__(graph, expressions, memory, phase)
+
+    def choose(self) -> None:
+        graph = self.graph
+        given = {arg for node in self.own for arg in node.all_input_nodes if graph.is_of_lines(arg)}
+        self.nodes = [node for node in graph.nodes if node in self.own | given]
+        for node in self.nodes:
+            where = f"lines.at({graph.slots.get(node)}) + at + j"
+            if node in self.own and node in graph.slots:
+                self.stored[node] = where
+            elif node in given - self.own and node.op != "placeholder" and node.target is not draw:
+                self.loaded[node] = where
+
+    def written(self) -> list[str]:
+        return [name for name, node in self.graph.outputs.items() if node in self.own]
+
+    def text(self, turn: int = 0) -> str:
+        """The pass as a function, the `turn`-th of its phase."""
+        lines = [self.head.format(phase=self.phase, turn=turn), "{"]
+        for node in self.numbers():
+            lines.append(f"  const float s{self.number[node]} = (float)t[{self.number[node]}];")
+        lines.append(f"  for (int64_t b = 0; b * BLOCK < {self.length}; ++b) {{")
+        lines += ["    " + line for line in self.block()]
+        return "\n".join([*lines, "  }", "}\n"])

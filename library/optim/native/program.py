@@ -10,9 +10,10 @@ from torch import fx
 
 from ..chain import PER_TENSOR, Variant
 from ..techniques.base import Technique
+from ..lines import AXES
 from .expressions import Expressions
-from .graph import ChainGraph, Level
-from .passes import LookPass, Memory, Pass
+from .graph import ChainGraph, Level, line_mean, mean_of_rows
+from .passes import LinePass, LookPass, Memory, Pass
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class Program:
     pointers: tuple[str, ...]
 
 
-def translate(chain: Sequence[Technique], variant: Variant) -> Program:
-    """The program of a chain for one variant of tensors.
+def translate(variant: Variant) -> Program:
+    """The program of a variant's chain.
 
     Raises:
         UntranslatableError: an operation without translation.
     """
-    return _Writer(ChainGraph(chain, variant)).program()
+    return _Writer(ChainGraph(variant)).program()
 
 
 class _Writer:
@@ -57,17 +58,21 @@ class _Writer:
         looks = graph.sums_of(0)
         passes = [Pass(graph, self.expressions, self.memory, phase) for phase in phases]
         parts = [
-            '#include "lanes.h"\n#include "call.h"\n',
+            '#include "lanes.h"\n#include "call.h"\n#include "lines.h"\n',
             f"typedef {self.memory.type('p')} Number;",
             f"constexpr int NORM = {PER_TENSOR.index('pair_norm')};",
             f"constexpr int LOOKS = {len(looks)};",
             f"constexpr int PHASES = {len(phases)};",
             f"constexpr int SUMS = {max(len(graph.sums_of(phase)) for phase in phases)};",
             f"constexpr int VALUES = {len(graph.nodes)};",
-            f"constexpr int64_t KEPT = {len(graph.kept)};\n",
+            f"constexpr int64_t KEPT = {len(graph.kept)};",
+            f"constexpr int64_t SLOTS = {len(graph.slots)};",
+            self.line_sums(),
             LookPass(graph, self.expressions, self.memory).text(),
             *(one.text() for one in passes),
             _switch("pass", _PASS, phases),
+            *(self.know(phase) for phase in (*phases, len(phases) + 1)),
+            _switch("know", _KNOW, (*phases, len(phases) + 1)),
             self.begin(looks),
             *(self.after(phase) for phase in phases),
             _switch("after", _AFTER, phases),
@@ -80,6 +85,41 @@ class _Writer:
             reports=tuple(graph.report),
             pointers=self.memory.pointers,
         )
+
+    def line_sums(self) -> str:
+        """The table of sums over lines: of which axis, behind which pass known, whether a mean."""
+        sums = self.graph.line_sums
+        rows = [
+            f"{{{AXES.index(self.values[node].axis)}, {self.values[node].phase - 1}, "  # type: ignore[arg-type]
+            f"{'true' if node.target is line_mean else 'false'}}}"
+            for node in sums
+        ]
+        head = "struct LineSum { int axis, phase; bool mean; };\n"
+        table = f"constexpr LineSum LINE_SUM[] = {{{', '.join(rows) or '{0, 0, false}'}}};\n"
+        return f"{head}constexpr int LINE_SUMS = {len(sums)};\n{table}"
+
+    def know(self, phase: int) -> str:
+        """What is computed of lines before the pass of a phase: passes over them, and means over
+        rows between these."""
+        known = self.graph.lines_known(phase)
+        functions, calls = [], []
+        for stage in sorted({self.values[node].stage for node in known}):
+            here = [node for node in known if self.values[node].stage == stage]
+            for node in here:
+                if node.target is mean_of_rows:
+                    slots = [self.graph.slots[n] for n in (*node.all_input_nodes, node)]
+                    calls.append("  mean_of_rows(lines, lines.at({}), lines.at({}));".format(*slots))
+            for axis in AXES:
+                own = [
+                    node
+                    for node in here
+                    if self.values[node].axis == axis and node.target is not mean_of_rows
+                ]
+                if own:
+                    one = LinePass(self.graph, self.expressions, self.memory, phase, own)
+                    functions.append(one.text(len(functions)))
+                    calls.append(f"  lines{phase}_{len(functions) - 1}(call, i, t, lines);")
+        return "\n".join([*functions, _function(_KNOW.format(phase=phase), calls)])
 
     # Per tensor: float64 numbers in the array t.
 
@@ -132,6 +172,7 @@ class _Writer:
 _BEGIN = "static void begin(const Call& call, int64_t i, double* t)"
 _AFTER = "static void after{phase}(const Call& call, int64_t i, double* t, const double* sums)"
 _PASS = Pass.head
+_KNOW = "static void know{phase}(const Call& call, int64_t i, const double* t, const Lines& lines)"
 
 
 def _function(head: str, lines: list[str]) -> str:

@@ -17,7 +17,6 @@ from .. import noise
 from ..batch import Batch, Turn
 from ..chain import Variant
 from ..roles import LoRAPair
-from ..techniques.base import Technique
 from . import build
 from .availability import CPU
 from .pairs import Order, order_of
@@ -33,6 +32,7 @@ class _Call(ctypes.Structure):
         ("order", ctypes.c_void_p),
         ("ranks", ctypes.c_void_p),
         ("numel", ctypes.c_void_p),
+        ("lines", ctypes.c_void_p),
         ("grads", ctypes.c_void_p),
         ("looked", ctypes.c_void_p),
         ("given", ctypes.c_void_p),
@@ -63,10 +63,11 @@ class Look:
 class NativeChain:
     """A chain's machine code for one batch, with the addresses of what is held."""
 
-    def __init__(self, chain: Sequence[Technique], batch: Batch, pairs: Sequence[LoRAPair]) -> None:
-        self.program, self._code = _load(tuple(chain), batch.variant)
+    def __init__(self, batch: Batch, pairs: Sequence[LoRAPair]) -> None:
+        self.program, self._code = _load(batch.variant)
         self._batch = batch
-        self._pairs = pairs if any(technique.uses_pair_norm for technique in chain) else ()
+        uses_pairs = any(technique.uses_pair_norm for technique in batch.variant.chain)
+        self._pairs = pairs if uses_pairs else ()
         count = len(batch.params)
         self._held = torch.zeros(len(self.program.pointers), count, dtype=torch.int64)
         self._held[0] = _addresses(batch.params)
@@ -102,6 +103,7 @@ class NativeChain:
             "order": look.order.tensors,
             "ranks": look.order.ranks,
             "numel": self._batch.numel[turn.index],
+            "lines": self._batch.lines[:, turn.index].contiguous(),
             "grads": look.grads,
             "looked": look.sums,
             "given": torch.cat([turn.numbers, torch.stack(factors)]) if factors else turn.numbers,
@@ -154,26 +156,26 @@ def _call(count: int, **arrays: Tensor) -> _Call:
     return _Call(tensors=count, threads=torch.get_num_threads(), **where)
 
 
-def compile_all(chain: Sequence[Technique], variants: Sequence[Variant]) -> None:
+def compile_all(variants: Sequence[Variant]) -> None:
     """Make the machine code of several programs at the same time.
 
     Raises:
         CompilerError: the compiler refused one.
         UntranslatableError: a technique has a line without translation.
     """
-    sources = {_program(tuple(chain), variant).source for variant in variants}
+    sources = {_program(variant).source for variant in variants}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(build.load, sources))
 
 
 @lru_cache(maxsize=64)
-def _program(chain: tuple[Technique, ...], variant: Variant) -> Program:
-    return translate(chain, variant)
+def _program(variant: Variant) -> Program:
+    return translate(variant)
 
 
 @lru_cache(maxsize=64)
-def _load(chain: tuple[Technique, ...], variant: Variant) -> tuple[Program, ctypes.CDLL]:
-    program = _program(chain, variant)
+def _load(variant: Variant) -> tuple[Program, ctypes.CDLL]:
+    program = _program(variant)
     code = build.load(program.source)
     for function in (code.look_at_all, code.advance_all):
         function.argtypes = [ctypes.POINTER(_Call)]

@@ -25,11 +25,11 @@ class Adam(Technique):
     def __init__(self, momentum: Momentum) -> None:
         self.momentum = momentum
 
-    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
+    def state(self, role: str, entry: Mapping[str, Any], shape: torch.Size) -> dict[str, Kind]:
         return {"exp_avg": "signed", "exp_avg_sq": "positive", **self.momentum.state()}
 
     def apply(self, work: Work) -> None:
-        beta1, beta2, g = work.beta1, work.beta2, work.g
+        beta1, beta2, g = self.momentum.beta1(work), work.beta2, work.g
         entering = work.spread((1 - beta1) * self.momentum.damping(work))
         m = work.spread(beta1) * work.state["exp_avg"] + entering * g
         v = work.spread(beta2) * work.state["exp_avg_sq"] + work.spread(1 - beta2) * (g * g)
@@ -56,7 +56,7 @@ class ADOPT(Technique):
     def __init__(self, momentum: Momentum) -> None:
         self.momentum = momentum
 
-    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
+    def state(self, role: str, entry: Mapping[str, Any], shape: torch.Size) -> dict[str, Kind]:
         return {"exp_avg": "signed", "exp_avg_sq": "positive", **self.momentum.state()}
 
     def apply(self, work: Work) -> None:
@@ -68,8 +68,9 @@ class ADOPT(Technique):
         floor = (work.eps * work.eps).clamp_min(TINY)
         inverse = torch.maximum(v, work.spread(floor)).rsqrt()
         normalised = torch.maximum(torch.minimum(g * inverse, clip), -clip)
-        entering = work.spread((1 - work.beta1) * self.momentum.damping(work))
-        m = work.spread(work.beta1) * m + entering * normalised
+        beta1 = self.momentum.beta1(work)
+        entering = work.spread((1 - beta1) * self.momentum.damping(work))
+        m = work.spread(beta1) * m + entering * normalised
         past = work.beta2 * goes_on
         work.u = m
         work.weight_decay = work.weight_decay * goes_on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, cast
@@ -9,18 +10,22 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor
 
+from ..lines import Axis
 from ..overview import Overview
 from ..state import Kind
 
 TINY = torch.finfo(torch.float32).tiny
 """The smallest normal float32: keeps a division by a sum that may be zero defined."""
 
+FOREVER = sys.maxsize
+"""The end of steps that have none."""
+
 INNER_PACE = "lr_mask/factor"
 """Where the mean of the factors on lr that differ by element is reported, other factors aside."""
 
 
 class Layout(Protocol):
-    """How matrices and per-tensor quantities meet."""
+    """How matrices, per-tensor and per-line quantities meet."""
 
     def sum(self, matrix: Tensor) -> Tensor:
         """The sum over each tensor: a matrix becomes a per-tensor quantity."""
@@ -30,20 +35,43 @@ class Layout(Protocol):
         """A per-tensor quantity, to meet matrices elementwise."""
         ...
 
+    def line_sum(self, matrix: Tensor, axis: Axis) -> Tensor:
+        """The sum over each line: a matrix becomes a per-line quantity."""
+        ...
+
+    def line_mean(self, matrix: Tensor, axis: Axis) -> Tensor:
+        """The mean over each line."""
+        ...
+
+    def spread_lines(self, lines: Tensor, axis: Axis) -> Tensor:
+        """A per-line quantity, to meet matrices elementwise."""
+        ...
+
+    def to_lines(self, per_tensor: Tensor, axis: Axis) -> Tensor:
+        """A per-tensor quantity, to meet per-line ones."""
+        ...
+
+    def mean_of_rows(self, rows: Tensor) -> Tensor:
+        """Per row, the mean over all rows of its matrix."""
+        ...
+
 
 @dataclass(slots=True)
 class Work:
     """Tensors in the middle of one step.
 
-    There are two kinds of quantities. Matrices hold a number for each element: `[blocks, 256]`,
+    There are three kinds of quantities. Matrices hold a number for each element: `[blocks, 256]`,
     float32 (float64 for float64 parameters). Per-tensor quantities hold one for each tensor:
-    `[tensors]`, float64. `sum` leads from the first to the second and `spread` back; apart from
-    these everything is elementwise. No matrix is changed in place, and no branch of Python depends
+    `[tensors]`, float64. `sum` leads from the first to the second and `spread` back. Between them
+    lie per-line quantities (see `lines.Axis`), as precise as matrices: `line_sum` and `line_mean`
+    lead there, `spread_lines` back, `to_lines` from per-tensor quantities. Apart from these
+    everything is elementwise. Nothing is changed in place, and no branch of Python depends
     on a number: the same lines run on tensors and are translated to C++ (see `native`).
 
     Attributes:
-        numel, step, lr, beta1, beta2, eps, weight_decay: per tensor; the step counts from 1, the
-            others are the group's as the scheduler has set them.
+        numel, step, lr, beta1, beta2, beta3, eps, eps2, eps3, weight_decay: per tensor; the step
+            counts from 1, the others are the group's as the scheduler has set them, 0 where an
+            optimizer has fewer betas or eps.
         pair_norm: per tensor, for the halves of a LoRA pair the mean row norm of B·A before the
             step, 0 for others; computed if a technique `uses_pair_norm`.
         factors: of each technique that has one, its factor per tensor (`Technique.prepare`,
@@ -52,6 +80,7 @@ class Work:
         g: the gradient as the techniques before have made it.
         p: the parameters before the step.
         u: the update's direction.
+        normalised: what entered the momentum, where it was made by CAME.
         pace: per tensor, the factor on lr.
         inner_pace: per tensor, the mean of the factors on lr that differ by element and are
             multiplied into u.
@@ -69,7 +98,10 @@ class Work:
     lr: Tensor
     beta1: Tensor
     beta2: Tensor
+    beta3: Tensor
     eps: Tensor
+    eps2: Tensor
+    eps3: Tensor
     weight_decay: Tensor
     pair_norm: Tensor
     factors: Mapping[Technique, Tensor]
@@ -78,6 +110,7 @@ class Work:
     state: dict[str, Tensor]
     g: Tensor = field(init=False)
     u: Tensor = field(init=False)
+    normalised: Tensor = field(init=False)
     new_p: Tensor = field(init=False)
     pace: Tensor | float = 1.0
     inner_pace: Tensor | float = 1.0
@@ -87,7 +120,7 @@ class Work:
     report: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.g = self.u = self.grad
+        self.g = self.u = self.normalised = self.grad
         self.new_p = self.p
 
     def sum(self, matrix: Tensor) -> Tensor:
@@ -101,6 +134,26 @@ class Work:
             return cast(Tensor, per_tensor)
         return self.layout.spread(per_tensor)
 
+    def line_sum(self, matrix: Tensor, axis: Axis) -> Tensor:
+        """The sum over each line, per line."""
+        return self.layout.line_sum(matrix, axis)
+
+    def line_mean(self, matrix: Tensor, axis: Axis) -> Tensor:
+        """The mean over each line, per line."""
+        return self.layout.line_mean(matrix, axis)
+
+    def spread_lines(self, lines: Tensor, axis: Axis) -> Tensor:
+        """A per-line quantity, to meet matrices elementwise."""
+        return self.layout.spread_lines(lines, axis)
+
+    def to_lines(self, per_tensor: Tensor, axis: Axis) -> Tensor:
+        """A per-tensor quantity, to meet per-line ones of this axis."""
+        return self.layout.to_lines(per_tensor, axis)
+
+    def mean_of_rows(self, rows: Tensor) -> Tensor:
+        """The mean over all rows of a matrix, for each of its rows."""
+        return self.layout.mean_of_rows(rows)
+
 
 class Technique:
     """One link of an optimizer's chain.
@@ -112,13 +165,17 @@ class Technique:
     """
 
     uses_pair_norm: ClassVar[bool] = False
+    steps: range | None = None
+    """The steps of a parameter, counted from 1, in which it takes part; None for all. What it keeps
+    is kept until they are over."""
     settled: Sequence[Mapping[str, Any]] = ()
     """Where state takes another form: for each that it may take, what of an entry tells `state`
-    that it has. The programs for that are made together with the first."""
+    that it has, and the `step` that is over then. The programs for that are made together with the
+    first."""
 
-    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
-        """What is kept of a parameter with this role, by name. Everything starts at zero, but for
-        the kind `initial`, which is the parameter's value at its first step.
+    def state(self, role: str, entry: Mapping[str, Any], shape: torch.Size) -> dict[str, Kind]:
+        """What is kept of a parameter with this role and shape, by name. Everything starts at zero,
+        but for the kind `initial`, which is the parameter's value at its first step.
 
         Args:
             entry: the parameter's state as it is now, after `settle`.

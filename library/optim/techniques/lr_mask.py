@@ -19,7 +19,7 @@ _AFTERWARDS = 0.1  # a frozen mask falls with the scheduler to this share of its
 _ROUNDING = 1e-6  # bumps; a limit that is a whole number of bumps away must not become one more
 _LEAST_LR = 1e-30  # a lower one counts as this: its inverse is a float32
 _SIGN_BITS = 2
-_PACKED = 1024
+_BYTE, _PACKED = 256, 1024
 
 
 class LRMask(Technique):
@@ -39,8 +39,8 @@ class LRMask(Technique):
     frozen kind: a parameter whose state comes from elsewhere and is past `warmup_steps` gets lr as
     its mask, and keeps it.
 
-    16 bits hold k and the last sign; frozen, ten bits hold k where a tensor's masks are less than
-    1024 bumps apart, else 16.
+    16 bits hold k and the last sign; frozen, k takes eight bits where a tensor's masks are less than
+    256 bumps apart, ten where they are less than 1024, else 16.
 
     Source: spec 1 §4. Signs as a reason to change an element's step are as old as Riedmiller and
     Braun, RPROP, 1993; bumps, limits and the end of the warm-up are those of the Automagic
@@ -60,8 +60,11 @@ class LRMask(Technique):
         self.high = high
         self.warmup_steps = warmup_steps
         apart = self._bumps(2 * warmup_steps)
-        forms = (torch.uint8, torch.int16) if apart >= _PACKED else (torch.uint8,)
-        self.settled = [{"lr_mask": torch.empty(0, dtype=form)} for form in forms]
+        byte = {"step": max(warmup_steps - 1, 1), "lr_mask": torch.empty(0, dtype=torch.uint8)}
+        packed = {**byte, "lr_mask_high": torch.empty(0, dtype=torch.uint8)}
+        whole = {**byte, "lr_mask": torch.empty(0, dtype=torch.int16)}
+        forms = ((0, byte), (_BYTE, packed), (_PACKED, whole))
+        self.settled = [form for least, form in forms if apart >= least]
 
     @property
     def fits(self) -> bool:
@@ -73,12 +76,14 @@ class LRMask(Technique):
         width = (self.high - self.low) / self.bump
         return min(width, walked + self.low / self.bump) + 2
 
-    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
-        if "lr_mask" in entry:
-            packed: Kind = "packed" if entry["lr_mask"].dtype == torch.uint8 else "whole"
-            own: dict[str, Kind] = {"lr_mask": packed, "lr_mask_base": "scalar"}
-            return {**own, "lr_mask_least": "scalar", "lr_top": "scalar"}
-        return {"lr_walk": "whole", "lr_top": "scalar"}
+    def state(self, role: str, entry: Mapping[str, Any], shape: torch.Size) -> dict[str, Kind]:
+        if "lr_mask" not in entry:
+            return {"lr_walk": "whole", "lr_top": "scalar"}
+        kind: Kind = "whole"
+        if entry["lr_mask"].dtype == torch.uint8:
+            kind = "packed" if "lr_mask_high" in entry else "byte"
+        own: dict[str, Kind] = {"lr_mask": kind, "lr_mask_base": "scalar"}
+        return {**own, "lr_mask_least": "scalar", "lr_top": "scalar"}
 
     def settles(self, entry: Mapping[str, Any]) -> bool:
         due = "lr_walk" in entry and entry["step"] >= self.warmup_steps - 1
@@ -90,7 +95,10 @@ class LRMask(Technique):
         walked = (entry.pop("lr_walk") >> _SIGN_BITS).to(torch.int32)
         least = walked.min()
         code = walked - least
-        if int(code.max()) < _PACKED:
+        largest = int(code.max())
+        if largest < _BYTE:
+            entry["lr_mask"] = code.to(torch.uint8)
+        elif largest < _PACKED:
             layout = layout_of((code.numel(),), code.device)
             matrix = layout.gather([code], torch.int32)
             entry["lr_mask"] = (code & 255).to(torch.uint8)

@@ -45,7 +45,7 @@ class SelectiveProjection(Technique):
         self.strength = strength
         self.anchor: Anchor = anchor
 
-    def state(self, role: str, entry: Mapping[str, Any]) -> dict[str, Kind]:
+    def state(self, role: str, entry: Mapping[str, Any], shape: torch.Size) -> dict[str, Kind]:
         return {"spd_anchor": "initial"} if anchor_for(role, self.anchor) == "initial" else {}
 
     def apply(self, work: Work) -> None:

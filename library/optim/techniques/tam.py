@@ -1,4 +1,4 @@
-"""Momentum, and torque-aware momentum: how much of a gradient enters the first moment."""
+"""Strategies of momentum: how much of a gradient enters the first moment, and how long it stays."""
 
 from __future__ import annotations
 
@@ -9,14 +9,41 @@ from .base import TINY, Work
 
 
 class Momentum:
-    """Plain momentum: the gradient enters m whole."""
+    """m ← β₁m + (1−β₁)·damping·g, here with the group's β₁ and a damping of 1. Others override one
+    or both, in the language of techniques (docs/engine.md)."""
 
     def state(self) -> dict[str, Kind]:
+        """What it keeps of a parameter, by name."""
         return {}
+
+    def beta1(self, work: Work) -> Tensor:
+        """The share of m that stays, per tensor."""
+        return work.beta1
 
     def damping(self, work: Work) -> Tensor | float:
         """The factor on the gradient that enters m: a number, or one per tensor."""
         return 1.0
+
+
+class Consistent(Momentum):
+    """β₁ₜ = max(β₁·decayᵗ, 0.4): less momentum the longer training lasts.
+
+    In the training of diffusion models gradients of late steps are consistent enough by themselves.
+
+    Source: Xu et al., Towards Faster Training of Diffusion Models: An Inspiration of a Consistency
+    Phenomenon, arXiv 2404.07946; the numbers are those of spec 1 §5.
+
+    Args:
+        decay: the `beta1_decay` of the optimizer.
+    """
+
+    LEAST = 0.4
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    def beta1(self, work: Work) -> Tensor:
+        return (work.beta1 * self.decay**work.step).clamp_min(self.LEAST)
 
 
 class TorqueAware(Momentum):

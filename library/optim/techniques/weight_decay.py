@@ -58,4 +58,4 @@ class Descent(Technique):
         work.decay = 1 - work.lr * work.weight_decay
         work.new_p = work.spread(work.decay) * work.p - work.spread(work.rate) * work.u
         work.report["effective_lr"] = effective_lr * work.inner_pace
-        work.report["weight_decay"] = work.weight_decay
+        work.report.setdefault("weight_decay", work.weight_decay)
