@@ -11,7 +11,7 @@ from .arguments import Rule, check_values, number, plain, whole_number
 
 LOWEST, HIGHEST = 0.5, 1.5  # of the multiplier
 FEWEST = 10  # losses, or cosines, that an edge case is told from
-UNSTEADY = 0.52  # coefficient of variation
+UNSTEADY = 0.5  # coefficient of variation
 TURNING = 0.2  # direction consistency
 _ROUNDING = 0.01  # what a cosine may be beyond 1: bfloat16's spacing there is 1/128
 
