@@ -86,14 +86,20 @@ def one_of(*values: str | int) -> Rule:
     )
 
 
-def pair(item: Rule) -> Rule:
-    """Two values, each obeying `item`."""
+def several(count: int, item: Rule) -> Rule:
+    """So many values, each obeying `item`."""
+    words = {2: "two", 3: "three"}
     return Rule(
         lambda value: (
-            isinstance(value, tuple | list) and len(value) == 2 and all(map(item.holds, value))
+            isinstance(value, tuple | list) and len(value) == count and all(map(item.holds, value))
         ),
-        f"two values, each {item.allowed}",
+        f"{words.get(count, count)} values, each {item.allowed}",
     )
+
+
+def pair(item: Rule) -> Rule:
+    """Two values, each obeying `item`."""
+    return several(2, item)
 
 
 def check_values(rules: Mapping[str, Rule], values: Mapping[str, Any], owner: str) -> None:

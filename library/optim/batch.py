@@ -110,7 +110,7 @@ class Batch:
         filters, and how many lines it has of the axis of which it has most."""
         shapes = [param.shape for param in self.params]
         sizes = [[lines_of(shape, axis).size for axis in AXES] for shape in shapes]
-        most = [max(lines_of(shape, axis).count for axis in AXES) for shape in shapes]
+        most = [max(lines_of(shape, axis).number for axis in AXES) for shape in shapes]
         return torch.cat([torch.tensor(sizes).T, torch.tensor([most])])
 
     @cached_property
@@ -250,6 +250,6 @@ def _asked(technique: Technique, family: str, step: int) -> float:
 def _hyper(group: dict[str, Any]) -> list[float]:
     """A group's numbers in the order of `HYPER`."""
     betas, eps = group["betas"], group["eps"]
-    several = eps if isinstance(eps, tuple) else (eps,)
-    padded = [*betas, *[0.0] * (3 - len(betas)), *several, *[0.0] * (3 - len(several))]
-    return [group["lr"], *padded, group["weight_decay"]]
+    three = [*betas, *[0.0] * (3 - len(betas))]
+    square, residual, plain = eps if isinstance(eps, tuple) else (0.0, 0.0, eps)
+    return [group["lr"], *three, plain, square, residual, group["weight_decay"]]

@@ -17,7 +17,7 @@ from .lines import Axis
 from .state import CODES, FIXED, NEAREST, Kind, axis_of, decode, encode
 from .techniques.base import Technique, Work
 
-HYPER = ("lr", "beta1", "beta2", "beta3", "eps", "eps2", "eps3", "weight_decay")
+HYPER = ("lr", "beta1", "beta2", "beta3", "eps", "eps_square", "eps_residual", "weight_decay")
 """What a group sets, in numbers."""
 
 PER_TENSOR = ("numel", "step", *HYPER, "pair_norm")

@@ -71,7 +71,7 @@ class _Blocks:
         """Where there is a number for each line of an axis, or for each element."""
         if axis is None:
             return self.elements
-        return layout_of(tuple(lines_of(s, axis).count for s in self._shapes), self._device)
+        return layout_of(tuple(lines_of(s, axis).number for s in self._shapes), self._device)
 
     def sum(self, matrix: Tensor) -> Tensor:
         return self.elements.sum(matrix)
@@ -92,9 +92,7 @@ class _Blocks:
     def line_mean(self, matrix: Tensor, axis: Axis) -> Tensor:
         return self._reduce(matrix, axis, lambda one: one.mean(1))
 
-    def _reduce(
-        self, matrix: Tensor, axis: Axis, reduce: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def _reduce(self, matrix: Tensor, axis: Axis, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         shapes = [torch.Size(lines_of(shape, axis)) for shape in self._shapes]
         parts = self.elements.split(matrix.to(self._dtype), shapes)
         return self.of(axis).gather([reduce(part) for part in parts], self._dtype)
@@ -109,7 +107,7 @@ class _Blocks:
         layout = self.of("row")
         heights = [shape[-2] if len(shape) > 1 else 1 for shape in self._shapes]
         shapes = [
-            torch.Size([lines_of(shape, "row").count // height, height])
+            torch.Size([lines_of(shape, "row").number // height, height])
             for shape, height in zip(self._shapes, heights, strict=True)
         ]
         parts = layout.split(rows, shapes)

@@ -192,6 +192,11 @@ class ChainOptimizer(torch.optim.Optimizer):
         if not self._all_finite(turns, looks):
             self.skipped_steps += 1
             return loss
+        if self._regularize(turns):
+            looks = [self._look(turn) for turn in turns]
+            if not self._all_finite(turns, looks):
+                self.skipped_steps += 1
+                return loss
         # Before any parameter moves: a pair's halves may lie in different batches.
         prepared = self._prepare()
         norms = self._pair_norms(looks)
@@ -312,6 +317,11 @@ class ChainOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} does not take sparse gradients; "
                 f"{self.roles.call(sparse)} has one."
             )
+
+    def _regularize(self, turns: Sequence[Turn]) -> bool:
+        """Put other gradients in the place of those that autograd left, which are finite; whether
+        there are any."""
+        return False
 
     def _all_finite(self, turns: Sequence[Turn], looks: Sequence[Look | None]) -> bool:
         """Whether every gradient is finite; if not, and steps are not to be skipped, an error."""
@@ -440,7 +450,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         if not self.uses_8bit(param) or kind not in QUANTIZABLE:
             return False
         axis = axis_of(kind)
-        return axis is None or lines_of(param.shape, axis).count >= BLOCK
+        return axis is None or lines_of(param.shape, axis).number >= BLOCK
 
     def _acting(self, step: int) -> tuple[Technique, ...]:
         """The techniques that take part in a parameter's step."""

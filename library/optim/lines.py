@@ -28,7 +28,8 @@ class Lines(NamedTuple):
     inner: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
+        """How many lines there are."""
         return self.outer * self.inner
 
 

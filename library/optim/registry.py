@@ -36,10 +36,6 @@ class UnknownOptimizerError(ValueError):
     """A name that no optimizer has."""
 
 
-class NotBuiltYetError(ValueError):
-    """A member of the family that this version does not have yet."""
-
-
 class MissingPackageError(ValueError):
     """The optimizer's package is not installed; the message says how to install it."""
 
@@ -114,18 +110,24 @@ _FAMILY = {
     "HinaAdamWOptimizer": OptimizerSpec("HinaAdamW", _HINA, "HinaAdamWOptimizer"),
     "CustomAdamW": OptimizerSpec("HinaAdamW", _HINA, "HinaAdamWOptimizer"),
     "AdaptiveHinaAdamW": OptimizerSpec("AdaptiveHinaAdamW", _ADAPTIVE, "AdaptiveHinaAdamW"),
+    **{
+        name: OptimizerSpec(name, _CAMEAMP, name)
+        for name in (
+            "Automagic_CameAMP",
+            "Automagic_CameAMP8bit",
+            "Automagic_CameAMP_COptim",
+            "Automagic_CameAMP_COptim8bit",
+            "Automagic_CameAMP_Improved",
+            "Automagic_CameAMP_Improved_8Bit",
+        )
+    },
+    "Automagic_CameAMP_8bit": OptimizerSpec(
+        "Automagic_CameAMP8bit", _CAMEAMP, "Automagic_CameAMP8bit"
+    ),
+    "RefactoredAutomagicCameAMP": OptimizerSpec(
+        "RefactoredAutomagicCameAMP", _REFACTORED, "RefactoredAutomagicCameAMP"
+    ),
 }
-_NOT_BUILT = (
-    "Automagic_CameAMP",
-    "Automagic_CameAMP8bit",
-    "Automagic_CameAMP_8bit",
-    "Automagic_CameAMP_COptim",
-    "Automagic_CameAMP_COptim8bit",
-    "Automagic_CameAMP_Improved",
-    "Automagic_CameAMP_Improved_8Bit",
-    "RefactoredAutomagicCameAMP",
-)
-_NOT_BUILT_MODULES = (_CAMEAMP, _REFACTORED, "automagic_cameamp_refactored")
 
 _NESTEROV: dict[str, Any] = {"fixed": {"nesterov": True}, "presets": {"momentum": 0.9}}
 _PREPRINT = "dadaptation.experimental"
@@ -193,15 +195,9 @@ def resolve(optimizer_type: str) -> OptimizerSpec:
 
     Raises:
         UnknownOptimizerError: no such short name; says which is nearest.
-        NotBuiltYetError: a member of the family that is still to come.
     """
     wanted = optimizer_type.strip() or "AdamW"
     module, _, attribute = wanted.rpartition(".")
-    if module in _NOT_BUILT_MODULES or wanted.lower() in map(str.lower, _NOT_BUILT):
-        raise NotBuiltYetError(
-            f"Optimizer {wanted} is not built yet in this version. Of its family there are "
-            "HinaAdamW and AdaptiveHinaAdamW so far."
-        )
     if module:
         return OptimizerSpec(wanted, module, attribute)
     found = _short_names().get(wanted.lower())
@@ -215,15 +211,13 @@ def resolve(optimizer_type: str) -> OptimizerSpec:
 
 
 def of_family(optimizer_type: str) -> bool:
-    """Whether `--optimizer_type` names one of this project's optimizers, built or not: by a short
+    """Whether `--optimizer_type` names one of this project's optimizers: by a short
     name, or by the path of its class or of one derived from it. A path that leads nowhere is
     nobody's, and of other programs' short names nothing needs to be known."""
     wanted = optimizer_type.strip()
     module, _, _ = wanted.rpartition(".")
     if not module:
-        return wanted.lower() in {name.lower() for name in (*_FAMILY, *_NOT_BUILT)}
-    if module in _NOT_BUILT_MODULES:
-        return True
+        return wanted.lower() in map(str.lower, _FAMILY)
     try:
         cls = resolve(wanted).load()
     except (MissingPackageError, UnknownOptimizerError):

@@ -54,6 +54,7 @@ def axis_of(kind: Kind) -> Axis | None:
     """What there is a number of: each row or column, or each element."""
     return kind if kind == "row" or kind == "column" else None
 
+
 _TINY = torch.finfo(torch.float32).tiny
 
 

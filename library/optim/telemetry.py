@@ -36,6 +36,24 @@ class _Adapts(Protocol):
     def snapshot(self) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class _TakesLoss(Protocol):
+    """An optimizer that wants to know the loss of each step."""
+
+    def update_context(self, loss: float) -> None: ...
+
+
+def tell_loss(optimizer: Any, loss: float) -> None:
+    """Tell an optimizer the loss of the step that comes, if it wants to know.
+
+    Args:
+        optimizer: any optimizer, also one wrapped by accelerate.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(optimizer, ChainOptimizer) and isinstance(optimizer, _TakesLoss):
+        optimizer.update_context(loss)
+
+
 def optimizer_report(optimizer: Any) -> dict[str, float]:
     """Flat figures of the last step, as means over tensors; empty before one and for optimizers
     of other libraries.
@@ -45,7 +63,8 @@ def optimizer_report(optimizer: Any) -> dict[str, float]:
     `effective_lr/<role>` (lr times the pair's factor), `weight_decay/<role>`, and what the chain's
     techniques note: `tam/alignment` (ŝ), `cautious/masked_share` (share of elements that did not
     move), `spd/projected_share` (share of tensors pulled back), `lr_mask/factor` (the mean
-    factor of lr_mask on lr), `importance/…` (what importance is measured by).
+    factor of lr_mask on lr), `importance/…` (what importance is measured by), `c_optim/…` (the mean
+    cosine of gradient and momentum, and the multiplier on lr).
 
     Args:
         optimizer: any optimizer, also one wrapped by accelerate.
@@ -106,7 +125,7 @@ def optimizer_summary(optimizer: Any) -> list[str]:
         lines += _pairs(info, optimizer.diagnose_lora_pairing()["unpaired"])
     if isinstance(optimizer, _Adapts):
         lines += _plans(info)
-    return lines
+    return lines + info.get("plans", [])
 
 
 def _pairs(info: dict[str, Any], unpaired: list[dict[str, Any]]) -> list[str]:

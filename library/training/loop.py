@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from library.optim.engine import NonFiniteGradientError
-from library.optim.telemetry import optimizer_report
+from library.optim.telemetry import optimizer_report, tell_loss
 from library.training.checkpoints import Checkpoints
 from library.training.data import Batch, TrainingData
 from library.training.interrupt import Interrupt
@@ -133,6 +133,7 @@ class Loop:
         if norm is not None:
             self._stop_unless_finite(norm, step, paths)
             extras["norm/gradient"] = norm
+        tell_loss(self.bare_optimizer, value)
         self._update(step, paths, stops=stopping > 0)
         extras["norm/weights"] = get_total_norm(self.parameters).item()
         if self.options.scale_weight_norms:

@@ -45,7 +45,8 @@ struct LineValues {
   void begin(const Call& call, int64_t i) {
     if (!SLOTS) return;
     lines = lines_of(call, i);
-    if (values.size() < (size_t)(SLOTS * lines.stride)) values.resize(SLOTS * lines.stride);
+    const size_t size = SLOTS * lines.stride + LANES;
+    if (values.size() < size) values.resize(size);
     to.resize(LINE_SUMS);
     lines.values = values.data();
     for (int s = 0; s < LINE_SUMS; ++s) to[s] = lines.at(s);
@@ -59,7 +60,7 @@ struct LineValues {
     for (int s = 0; s < LINE_SUMS; ++s) {
       if (LINE_SUM[s].phase != phase || !LINE_SUM[s].mean) continue;
       const Axis& axis = lines.axes[LINE_SUM[s].axis];
-      const float share = 1.0f / axis.size;
+      const float share = 1.0f / axis.size.of;
       for (int64_t k = 0; k < axis.count; ++k) lines.at(s)[k] *= share;
     }
   }
@@ -102,9 +103,9 @@ struct Band {
     for (int s = 0; s < LINE_SUMS; ++s) {
       if (LINE_SUM[s].phase != phase) continue;
       const Axis& axis = lines.axes[LINE_SUM[s].axis];
-      const int64_t matrix = axis.size * axis.inner;
-      begins[s] = from / matrix * axis.inner;
-      sums[s].assign(((end - 1) / matrix + 1) * axis.inner - begins[s], 0.0f);
+      const int64_t matrix = axis.matrix.of, inner = axis.inner.of;
+      begins[s] = from / matrix * inner;
+      sums[s].assign(((end - 1) / matrix + 1) * inner - begins[s], 0.0f);
       to[s] = sums[s].data() - begins[s];
     }
   }

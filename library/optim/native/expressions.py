@@ -35,6 +35,7 @@ _OPERATIONS = {
     "sign": "sign_of({0})",
     "copysign": "with_sign({0}, {1})",
     "exp": "exponential({0})",
+    "sigmoid": "logistic({0})",
     "floor": "round_down({0})",
     "ceil": "round_up({0})",
     "pow": "power({0}, {1})",

@@ -58,7 +58,7 @@ _SUMS = (tensor_sum, *LINE_SUMS)
 _ALIASES = {"div": "truediv", "divide": "truediv", "max": "maximum", "min": "minimum"}
 COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
 _ARITHMETIC = {"add", "sub", "mul", "neg", "abs", "square", "pow", "maximum", "minimum"}
-_COSTLY = {"truediv", "sqrt", "rsqrt", "reciprocal", "exp", "pow"}
+_COSTLY = {"truediv", "sqrt", "rsqrt", "reciprocal", "exp", "sigmoid", "pow"}
 _WORTH_KEEPING = 9  # operations
 
 
@@ -162,14 +162,14 @@ class ChainGraph:
         terms = map(only, (*self.sums, *self.line_sums))
         elements = [node for node in self.outputs.values() if self.is_of_elements(node)]
         self.last = max([1, *(self.values[node].phase for node in (*elements, *terms))])
-        self._delay_sums()
-        self._count_stages()
-        self._check_lines_written()
-        self.slots = self._give_slots()
         self.kept: dict[fx.Node, int] = {}
         self.write_in = {
             name: self.last for name, node in self.outputs.items() if self.is_of_elements(node)
         }
+        self._delay_sums()
+        self._count_stages()
+        self._check_lines_written()
+        self.slots = self._give_slots()
         self._write_early()
         self._keep_costly()
 
@@ -388,9 +388,7 @@ class ChainGraph:
         if node.target in _SUMS and met != {None}:
             raise UntranslatableError(f"Only matrices can be summed: {line_of(node)}.")
         if node.target is spread_lines and met != {node.args[1]}:
-            raise UntranslatableError(
-                f"This is no quantity per {node.args[1]}: {line_of(node)}."
-            )
+            raise UntranslatableError(f"This is no quantity per {node.args[1]}: {line_of(node)}.")
         if node.target is mean_of_rows and met != {"row"}:
             raise UntranslatableError(f"This is no quantity per row: {line_of(node)}.")
         if len(met) > 1:
@@ -471,6 +469,20 @@ class ChainGraph:
                 continue
             elif not self.is_of_elements(node) or node.target is spread_lines:
                 value.phase = max((self.values[a].phase for a in node.all_input_nodes), default=0)
+        for node in self.sums:
+            if self.values[node].phase > 1:
+                self._take_along(node)
+
+    def _take_along(self, node: fx.Node) -> None:
+        """Make a sum in the first pass that computes what it is a sum of for another reason."""
+        value, term = self.values[node], only(node)
+        last = value.phase
+        for phase in range(max(1, self.values[term].phase), last - 1):
+            value.phase = self.last + 2  # out of the way: not among the roots of any pass
+            along = term.op != "placeholder" and term in self._behind(self.roots(phase), stop=())
+            value.phase = phase + 1 if along else last
+            if along:
+                return
 
     def _count_stages(self) -> None:
         """Order what is computed of lines between two passes by the means over rows in it."""
@@ -530,7 +542,8 @@ class ChainGraph:
                 )
 
     def _write_early(self) -> None:
-        """Write state before the last pass, if keeping at most one node makes that possible.
+        """Write each state in the pass that leaves least to keep between passes, of these in the
+        first.
 
         What is written no longer has to be made again in later passes; but these cannot make again
         what came from its old value either, and need that kept.
@@ -540,15 +553,18 @@ class ChainGraph:
             if not names:
                 continue
             first = max([1, *(self.values[self.outputs[name]].phase for name in names)])
-            choices = [
-                (len(kept), phase, kept)
-                for phase in range(first, self.last)
-                if (kept := self._kept_if_written(names, phase)) is not None
-                and len(kept) <= len(self.kept) + 1
-            ]
-            if choices:
-                _, phase, self.kept = min(choices, key=lambda choice: choice[:2])
-                self.write_in.update(dict.fromkeys(names, phase))
+            kept_before, before = self.kept, self.write_in
+            choices = []
+            for phase in range(first, self.last + 1):
+                self.kept, self.write_in = dict(kept_before), before
+                kept = self._kept_if_written(names, phase)
+                if kept is None:
+                    continue
+                self.kept, self.write_in = dict(kept), before | dict.fromkeys(names, phase)
+                self._keep_costly()
+                choices.append((len(self.kept), phase, kept))
+            _, phase, self.kept = min(choices, key=lambda choice: choice[:2])
+            self.write_in = before | dict.fromkeys(names, phase)
 
     def _kept_if_written(self, names: list[str], written: int) -> dict[fx.Node, int] | None:
         """What has to be kept if these are written in some pass; None if that is not enough."""

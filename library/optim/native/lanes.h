@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -118,16 +117,37 @@ static inline float exponential(float x) { return std::exp(x); }
 // 2ⁿ·eʳ with |r| ≤ ln 2/2, where Taylor's series to the seventh power is exact to a float's last bit.
 static inline V exponential(V x) {
   x = smaller(larger(x, splat(-104.0f)), splat(89.0f));
-  const V half = where(x < 0, splat(-0.5f), splat(0.5f));
-  const I n = to_int(x * 1.44269504f + half);
-  const V whole = to_float(n);
+  const float shift = 12582912.0f;  // 1.5 · 2²³: what is added to it is rounded to a whole number
+  const V shifted = x * 1.44269504f + shift;
+  const V whole = shifted - shift;
+  const I n = as<I>(shifted) - as<I>(splat(shift));
   // ln 2 in two parts: the first has so few digits that its product is exact.
   const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  V y = splat(1.0f / 5040);
-  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    y = y * r + term;
+  V y = r * (1.0f / 5040) + 1.0f / 720;
+  y = (y * r + 1.0f / 120) * r + 1.0f / 24;
+  y = ((y * r + 1.0f / 6) * r + 0.5f) * r + 1;
+  y = y * r + 1;
   const I low = n >> 1;  // 2ⁿ itself may be no float
   return y * as<V>((low + 127) << 23) * as<V>((n - low + 127) << 23);
+}
+
+static inline float logistic(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+static inline double logistic(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+#if defined(__AVX512F__)
+// The 14 bits of the table, doubled by a Newton step: a division would take as long as all else here.
+static inline V logistic(V x) {
+  const V y = 1.0f + exponential(-larger(x, splat(-80.0f)));
+  const V inverse = (V)_mm512_rcp14_ps((__m512)y);
+  return inverse * (2.0f - y * inverse);
+}
+#else
+static inline V logistic(V x) { return 1.0f / (1.0f + exponential(-x)); }
+#endif
+
+// A block's numbers are asked for before a later pass needs them.
+template <class Number>
+static inline void prefetch(const Number* at) {
+  for (size_t k = 0; k < BLOCK * sizeof(Number); k += 64) __builtin_prefetch((const char*)at + k, 0, 2);
 }
 
 // Memory to lanes and back. What lies there is told by the type of the pointer.
@@ -205,6 +225,17 @@ struct Sum {
     return x;
   }
 };
+
+// Of two vectors, counted through, the lanes that are named.
+#if defined(__clang__)
+static inline V pick(V a, V b, I from) {
+  V x;
+  for (int l = 0; l < LANES; ++l) x[l] = from[l] < LANES ? a[from[l]] : b[from[l] - LANES];
+  return x;
+}
+#else
+static inline V pick(V a, V b, I from) { return __builtin_shuffle(a, b, from); }
+#endif
 
 static inline float total(V x) {
 #if defined(__AVX512F__)

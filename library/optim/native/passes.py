@@ -148,8 +148,10 @@ class Pass:
         lines = ["const int64_t at = b * BLOCK;"]
         lines.append(f"const int n = (int)std::min<int64_t>(BLOCK, {self.length} - at);")
         lines += self.open_inputs()
+        lines += self.prefetches()
         lines += self.spread_numbers()
-        lines += [f"float r{self.number[node]}[BLOCK];" for node in self.line_sums]
+        for term in self.line_terms():
+            lines.append(f"alignas(64) float r{self.number[term]}[BLOCK];")
         handed = self.handed_on()
         lines += [f"{self.lanes(node)} a{self.number[node]}[BLOCK / LANES];" for node in handed]
         maxima = [node for node in self.nodes if node.target is block_max]
@@ -163,12 +165,13 @@ class Pass:
         lines += [f"sum{self.number[node]}.add(l{self.number[node]});" for node in self.sums]
         for node in self.line_sums:
             axis, slot = self.axis_of(node), self.graph.line_sums.index(node)
-            lines.append(f"add_lines({axis}, at, n, r{self.number[node]}, lines.to[{slot}]);")
+            where = f"r{self.number[only(node)]}, lines.to[{slot}]"
+            lines.append(f"add_lines({axis}, at, n, {where});")
         return lines + self.close_outputs()
 
     def axis_of(self, node: fx.Node) -> str:
         """The axis of what is summed or spread along lines."""
-        return f"lines.axes[{AXES.index(node.args[1])}]"  # type: ignore[arg-type]
+        return f"lines.axes[{AXES.index(node.args[1])}]"
 
     def spread_numbers(self) -> list[str]:
         """The numbers of lines that the block's elements need, one for each of these."""
@@ -177,7 +180,7 @@ class Pass:
             if node.target is spread_lines:
                 index, slot = self.number[node], self.graph.slots[node.all_input_nodes[0]]
                 where = f"{self.axis_of(node)}, at, n, lines.at({slot}), e{index}"
-                lines += [f"float e{index}[BLOCK];", f"spread_lines({where});"]
+                lines += [f"alignas(64) float e{index}[BLOCK + LANES];", f"spread_lines({where});"]
         return lines
 
     def lanes(self, node: fx.Node) -> str:
@@ -271,6 +274,21 @@ class Pass:
                 lines.append(f"const int32_t* d{index} = {where};")
         return lines
 
+    def prefetches(self) -> list[str]:
+        """The first pass asks the memory for what later ones load."""
+        if self.phase != 1:
+            return []
+        read = self.tensors_read()
+        return [
+            f"prefetch({self.memory.address(name)} + at);"
+            for name, node in self.graph.inputs.items()
+            if name in self.memory.pointers
+            and name not in (*read, *self.memory.quarters)
+            and node in self.number
+            and self.values[node].level == Level.ELEMENT
+            and self.values[node].axis is None
+        ]
+
     def close_outputs(self) -> list[str]:
         lines = []
         for name in self.tensors_written():
@@ -320,9 +338,10 @@ class Pass:
         for node in self.sums_in(loop):
             term = self.expressions.argument(node.args[0], Level.ELEMENT, "real")
             lines.append(f"l{self.number[node]} += {term};")
-        for node in self.line_sums_in(loop):
-            term = self.expressions.argument(node.args[0], Level.ELEMENT, "real")
-            lines.append(f"store(r{self.number[node]} + j, {term});")
+        for node in self.line_terms():
+            if self.loop[node] == loop:
+                term = self.expressions.argument(node, Level.ELEMENT, "real")
+                lines.append(f"store(r{self.number[node]} + j, {term});")
         for name in self.written_in(loop):
             lines.append(f"store({name}_at + j, v{self.number[self.graph.outputs[name]]});")
         return lines
@@ -333,8 +352,9 @@ class Pass:
     def sums_in(self, loop: int) -> list[fx.Node]:
         return [n for n in self.sums if self.loop[only(n)] == loop]
 
-    def line_sums_in(self, loop: int) -> list[fx.Node]:
-        return [n for n in self.line_sums if self.loop[only(n)] == loop]
+    def line_terms(self) -> list[fx.Node]:
+        """What is summed over lines, also where it is over several axes, once."""
+        return list(dict.fromkeys(map(only, self.line_sums)))
 
     def written_in(self, loop: int) -> list[str]:
         return [name for name in self.tensors_written() if self.store_loop(name) == loop]
@@ -343,8 +363,8 @@ class Pass:
         """What a loop loads or computes, in order."""
         used: set[fx.Node] = set()
         todo = [n for n in (*handed, *self.stored) if self.loop.get(n) == loop]
-        sums = (*self.maxima_in(loop), *self.sums_in(loop), *self.line_sums_in(loop))
-        todo += map(only, sums)
+        todo += [node for node in self.line_terms() if self.loop[node] == loop]
+        todo += map(only, (*self.maxima_in(loop), *self.sums_in(loop)))
         todo += [self.graph.outputs[name] for name in self.written_in(loop)]
         while todo:
             node = todo.pop()
@@ -420,7 +440,7 @@ class LinePass(Pass):
         nodes: Sequence[fx.Node],
     ) -> None:
         self.own = set(nodes)
-        self.axis = AXES.index(graph.values[nodes[0]].axis)  # type: ignore[arg-type]
+        self.axis = AXES.index(graph.values[nodes[0]].axis)
         self.length = f"lines.axes[{self.axis}].count"
         super().__init__(graph, expressions, memory, phase)
 

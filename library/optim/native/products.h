@@ -30,16 +30,6 @@ struct Lanes {
 };
 static const Lanes lanes;
 
-#if defined(__clang__)
-static inline V pick(V a, V b, I from) {
-  V x;
-  for (int l = 0; l < LANES; ++l) x[l] = from[l] < LANES ? a[from[l]] : b[from[l] - LANES];
-  return x;
-}
-#else
-static inline V pick(V a, V b, I from) { return __builtin_shuffle(a, b, from); }
-#endif
-
 // Sixteen vectors as the rows of a matrix, turned into its columns.
 static inline void transpose(V* x) {
 #pragma GCC unroll 4

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..chain import PER_TENSOR, Variant
-from ..techniques.base import Technique
 from ..lines import AXES
+from ..techniques.base import Technique
 from .expressions import Expressions
 from .graph import ChainGraph, Level, line_mean, mean_of_rows
 from .passes import LinePass, LookPass, Memory, Pass
@@ -90,7 +90,7 @@ class _Writer:
         """The table of sums over lines: of which axis, behind which pass known, whether a mean."""
         sums = self.graph.line_sums
         rows = [
-            f"{{{AXES.index(self.values[node].axis)}, {self.values[node].phase - 1}, "  # type: ignore[arg-type]
+            f"{{{AXES.index(self.values[node].axis)}, {self.values[node].phase - 1}, "
             f"{'true' if node.target is line_mean else 'false'}}}"
             for node in sums
         ]
@@ -102,13 +102,14 @@ class _Writer:
         """What is computed of lines before the pass of a phase: passes over them, and means over
         rows between these."""
         known = self.graph.lines_known(phase)
-        functions, calls = [], []
+        functions: list[str] = []
+        calls: list[str] = []
         for stage in sorted({self.values[node].stage for node in known}):
             here = [node for node in known if self.values[node].stage == stage]
             for node in here:
                 if node.target is mean_of_rows:
-                    slots = [self.graph.slots[n] for n in (*node.all_input_nodes, node)]
-                    calls.append("  mean_of_rows(lines, lines.at({}), lines.at({}));".format(*slots))
+                    of, to = (self.graph.slots[n] for n in (*node.all_input_nodes, node))
+                    calls.append(f"  mean_of_rows(lines, lines.at({of}), lines.at({to}));")
             for axis in AXES:
                 own = [
                     node

@@ -27,9 +27,8 @@ class AdaptiveDecay(Technique):
         even = variance <= _ROUNDING * square
         inverse = torch.where(even, 0.0, variance.clamp_min(TINY).rsqrt())
         z = (magnitude - work.spread(mean)) * work.spread(inverse)
-        theta = 2 / (1 + torch.exp(-z))
-        share = work.weight_decay / (work.pace * work.length)
-        work.u = work.u + work.spread(share) * (theta * work.p)
+        share = 2 * work.weight_decay / (work.pace * work.length)
+        work.u = work.u + work.spread(share) * (z.sigmoid() * work.p)
         work.report["weight_decay"] = work.weight_decay
         work.weight_decay = 0.0 * work.weight_decay
 

@@ -69,9 +69,10 @@ class Work:
     on a number: the same lines run on tensors and are translated to C++ (see `native`).
 
     Attributes:
-        numel, step, lr, beta1, beta2, beta3, eps, eps2, eps3, weight_decay: per tensor; the step
-            counts from 1, the others are the group's as the scheduler has set them, 0 where an
-            optimizer has fewer betas or eps.
+        numel, step, lr, beta1, beta2, beta3, eps, eps_square, eps_residual, weight_decay: per
+            tensor; the step counts from 1, the others are the group's as the scheduler has set
+            them, 0 where an optimizer has fewer. Of three eps the first belongs to squares of
+            gradients, the second to squares of what departs from the momentum.
         pair_norm: per tensor, for the halves of a LoRA pair the mean row norm of B·A before the
             step, 0 for others; computed if a technique `uses_pair_norm`.
         factors: of each technique that has one, its factor per tensor (`Technique.prepare`,
@@ -100,8 +101,8 @@ class Work:
     beta2: Tensor
     beta3: Tensor
     eps: Tensor
-    eps2: Tensor
-    eps3: Tensor
+    eps_square: Tensor
+    eps_residual: Tensor
     weight_decay: Tensor
     pair_norm: Tensor
     factors: Mapping[Technique, Tensor]

@@ -83,7 +83,7 @@ class CAME(Technique):
         g = work.g
         # Before m moves: torque is measured against the momentum of the step before.
         damping, beta1 = self.momentum.damping(work), self.momentum.beta1(work)
-        normalised = g * self.average.inverse_root(work, g * g, work.beta2, work.eps)
+        normalised = g * self.average.inverse_root(work, g * g, work.beta2, work.eps_square)
         rms = (work.sum(normalised * normalised) / work.numel).sqrt()
         clip = 1 / (rms / self.clip_threshold).clamp_min(1.0)
         work.normalised = normalised * work.spread(clip)
@@ -113,5 +113,5 @@ class Confidence(Technique):
         if not {average.name, average.row} & work.state.keys():
             return
         apart = work.normalised - work.state["exp_avg"]
-        inverse = average.inverse_root(work, apart * apart, work.beta3, work.eps2)
+        inverse = average.inverse_root(work, apart * apart, work.beta3, work.eps_residual)
         work.u = work.u * inverse

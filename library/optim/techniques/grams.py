@@ -20,7 +20,7 @@ class Grams(Technique):
 
 
 class FadingGrams(Technique):
-    """u ← (1−w)·u + w·|u|·sign(g), w = decayᵗ: Grams that gives way to the momentum's own direction.
+    """u ← (1−w)·u + w·|u|·sign(g), w = decayᵗ: Grams that gives way to the momentum's direction.
 
     Source: as for `Grams`; the weight is spec 1 §5's.
 

@@ -39,8 +39,8 @@ class LRMask(Technique):
     frozen kind: a parameter whose state comes from elsewhere and is past `warmup_steps` gets lr as
     its mask, and keeps it.
 
-    16 bits hold k and the last sign; frozen, k takes eight bits where a tensor's masks are less than
-    256 bumps apart, ten where they are less than 1024, else 16.
+    16 bits hold k and the last sign; frozen, k takes eight bits where a tensor's masks are less
+    than 256 bumps apart, ten where they are less than 1024, else 16.
 
     Source: spec 1 §4. Signs as a reason to change an element's step are as old as Riedmiller and
     Braun, RPROP, 1993; bumps, limits and the end of the warm-up are those of the Automagic
