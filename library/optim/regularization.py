@@ -130,14 +130,14 @@ class SpatialAwareness(RegularizationStrategy):
     detail_preservation: float = 0.8
 
     def apply(self, grad: Tensor, **context: Any) -> Tensor:
+        square = _neighbourhood_sum(grad * grad)
         total = _neighbourhood_sum(grad)
         # Nine times the variance, of which rounding can leave less than zero.
-        variance = _neighbourhood_sum(grad * grad).addcmul_(total, total, value=-1 / 9)
-        scale = _reciprocal(variance.clamp_min_(0).mean(_tensor_axes(grad), keepdim=True))
-        divisor = torch.addcmul(scale.new_ones(()), variance, scale)
+        variance = square.addcmul_(total, total, value=-1 / 9).clamp_min_(0)
+        variance.mul_(_reciprocal(variance.mean(_tensor_axes(grad), keepdim=True)))
         departure = total.sub_(grad, alpha=9)
         smoothing = (1 - self.detail_preservation) / 9
-        return torch.addcdiv(grad, departure, divisor, value=smoothing)
+        return torch.addcdiv(grad, departure, variance.add_(1), value=smoothing)
 
 
 @dataclass(frozen=True)
