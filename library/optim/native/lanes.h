@@ -134,9 +134,18 @@ static inline V exponential(V x) {
 static inline float logistic(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 static inline double logistic(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 #if defined(__AVX512F__)
-// The 14 bits of the table, doubled by a Newton step: a division would take as long as all else here.
+// 1/(1 + 2ⁿ·2ᶠ), |f| ≤ ½, where the polynomial's relative error is at most 8e-8 (a least-squares fit,
+// weighted until the error was even). The quotient is the 14 bits of the table, doubled by a Newton
+// step: a division would take as long as all else here.
 static inline V logistic(V x) {
-  const V y = 1.0f + exponential(-larger(x, splat(-80.0f)));
+  const float shift = 12582912.0f;  // as in `exponential`
+  const V power = larger(x, splat(-80.0f)) * -1.44269504f;
+  const V shifted = larger(power, splat(-120.0f)) + shift;
+  const V f = power - (shifted - shift);
+  V y = 1.32765e-3f * f + 9.67554e-3f;
+  y = ((y * f + 5.550713e-2f) * f + 2.402212e-1f) * f + 6.9314697e-1f;
+  y = y * f + 1.00000007f;
+  y = 1.0f + as<V>(as<I>(y) + (as<I>(shifted) << 23));
   const V inverse = (V)_mm512_rcp14_ps((__m512)y);
   return inverse * (2.0f - y * inverse);
 }

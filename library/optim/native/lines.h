@@ -60,9 +60,17 @@ static inline Lines lines_of(const Call& call, int64_t i) {
 static inline float sum_of(const float* x, int64_t n) {
   float sum = 0;
   if (n >= LANES) {
-    V lanes{};
-    for (; n >= LANES; n -= LANES, x += LANES) lanes += load(x);
-    sum = total(lanes);
+    V even{}, odd{};
+    for (; n >= 2 * LANES; n -= 2 * LANES, x += 2 * LANES) {
+      even += load(x);
+      odd += load(x + LANES);
+    }
+    if (n >= LANES) {
+      even += load(x);
+      n -= LANES;
+      x += LANES;
+    }
+    sum = total(even + odd);
   }
   for (int64_t k = 0; k < n; ++k) sum += x[k];
   return sum;
@@ -89,6 +97,30 @@ static inline I lane_apart(int apart) {
   return from;
 }
 
+// Of lanes that lie APART, a's sums in those whose number lacks that bit, b's in the others.
+template <int APART>
+static inline V fold(V a, V b) {
+  I own{}, other{};
+#pragma GCC unroll 16
+  for (int l = 0; l < LANES; ++l) {
+    own[l] = l & APART ? l + LANES : l;
+    other[l] = l & APART ? (l ^ APART) + LANES : l ^ APART;
+  }
+  return pick(a, b, own) + pick(a, b, other);
+}
+
+template <int COUNT>
+static inline V fold_all(const V* x) {
+  V half[COUNT / 2];
+#pragma GCC unroll 8
+  for (int k = 0; k < COUNT / 2; ++k) half[k] = fold<COUNT / 2>(x[k], x[k + COUNT / 2]);
+  return fold_all<COUNT / 2>(half);
+}
+template <>
+inline V fold_all<1>(const V* x) {
+  return x[0];
+}
+
 // Runs of a size that LANES is a multiple of, from the beginning of one on.
 template <int SIZE>
 static inline void add_short_runs(const float* x, int64_t n, float* to) {
@@ -99,11 +131,23 @@ static inline void add_short_runs(const float* x, int64_t n, float* to) {
   }
 }
 
+// Sixteen runs of sixteen: pairs of vectors are folded into one until one is left.
+static inline void add_vector_runs(const float* x, int64_t n, float* to) {
+  for (; n >= LANES * LANES; n -= LANES * LANES, x += LANES * LANES, to += LANES) {
+    V rows[LANES];
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; ++k) rows[k] = load(x + k * LANES);
+    store(to, load(to) + fold_all<LANES>(rows));
+  }
+  for (; n > 0; n -= LANES, x += LANES, ++to) *to += total(load(x));
+}
+
 static LINES_APART void add_runs(const Axis& axis, int64_t at, int64_t n, const float* x, float* to) {
   const int64_t size = axis.size.of;
   const Place place = place_of(axis.size, at);
   int64_t left = size - place.offset;
   to += place.line;
+  if (size == LANES) return add_vector_runs(x, n, to);
   if (size == 8) return add_short_runs<8>(x, n, to);
   if (size == 4) return add_short_runs<4>(x, n, to);
   if (size == 2) return add_short_runs<2>(x, n, to);
@@ -163,6 +207,10 @@ static LINES_APART void spread_runs(const Axis& axis, int64_t at, int64_t n, con
   const Place place = place_of(axis.size, at);
   int64_t left = size - place.offset;
   from += place.line;
+  if (size == LANES) {
+    for (int64_t k = 0; k < n; k += LANES, ++from) store(x + k, splat(*from));
+    return;
+  }
   if (size == 8) return spread_short_runs<8>(from, n, x);
   if (size == 4) return spread_short_runs<4>(from, n, x);
   if (size == 2) return spread_short_runs<2>(from, n, x);
@@ -194,14 +242,20 @@ static LINES_APART void spread_columns(const Axis& axis, int64_t at, int64_t n, 
   }
 }
 
-// The numbers of the lines that n elements of a block belong to, 0 behind these; x has room for a block
-// and a vector.
-static inline void spread_lines(const Axis& axis, int64_t at, int64_t n, const float* from, float* x) {
-  if (axis.inner.of == 1)
+// The numbers of the lines that n elements of a block belong to, 0 behind these: where they lie, or
+// written to x, which has room for a block and a vector.
+static inline const float* spread_lines(
+    const Axis& axis, int64_t at, int64_t n, const float* from, float* x) {
+  if (axis.inner.of == 1) {
     spread_runs(axis, at, n, from, x);
-  else
+  } else {
+    const Place place = place_of(axis.inner, at);
+    if (n == BLOCK && place.offset + n <= axis.inner.of)
+      return from + axis.matrix.quotient(at) * axis.inner.of + place.offset;
     spread_columns(axis, at, n, from, x);
+  }
   if (n < BLOCK) std::fill_n(x + n, BLOCK - n, 0.0f);
+  return x;
 }
 
 // For each row the mean over all rows of its matrix.

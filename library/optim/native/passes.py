@@ -179,8 +179,9 @@ class Pass:
         for node in self.nodes:
             if node.target is spread_lines:
                 index, slot = self.number[node], self.graph.slots[node.all_input_nodes[0]]
-                where = f"{self.axis_of(node)}, at, n, lines.at({slot}), e{index}"
-                lines += [f"alignas(64) float e{index}[BLOCK + LANES];", f"spread_lines({where});"]
+                where = f"{self.axis_of(node)}, at, n, lines.at({slot}), e{index}_room"
+                lines.append(f"alignas(64) float e{index}_room[BLOCK + LANES];")
+                lines.append(f"const float* e{index} = spread_lines({where});")
         return lines
 
     def lanes(self, node: fx.Node) -> str:

@@ -118,18 +118,22 @@ class LRMask(Technique):
         if frozen:
             gain = gain * (work.lr / top).clamp_min(_AFTERWARDS)
         base, empty = mask
-        factor = self._limited(code, work.spread(base), work.spread(gain))
+        # clamp(clamp(mask)·gain) as one: there are many elements, and one gain for all.
+        start, bump, (low, high) = base * gain, self.bump * gain, self._limits(gain)
+        factor = work.spread(start) + code * work.spread(bump)
+        factor = torch.minimum(torch.maximum(factor, work.spread(low)), work.spread(high))
         work.u = work.u * factor
         others, work.pace = work.pace, 1.0
         # A sum has the zeros behind a tensor's end in it.
         behind = BLOCK * (work.numel / BLOCK).ceil() - work.numel
-        total = work.sum(factor) - behind * self._limited(empty, base, gain)
+        nothing = torch.minimum(torch.maximum(start + empty * bump, low), high)
+        total = work.sum(factor) - behind * nothing
         work.inner_pace = total / work.numel
         work.report[INNER_PACE] = work.inner_pace / others
 
-    def _limited(self, bumps: Tensor, base: Tensor, gain: Tensor) -> Tensor:
-        mask = (base + bumps * self.bump).clamp(self.low, self.high)
-        return (mask * gain).clamp(LEAST, MOST)
+    def _limits(self, gain: Tensor) -> tuple[Tensor, Tensor]:
+        """What of the mask times its gain the limits leave, per tensor."""
+        return (self.low * gain).clamp(LEAST, MOST), (self.high * gain).clamp(LEAST, MOST)
 
     def _frozen(self, work: Work) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         base = work.state["lr_mask_base"] + work.state["lr_mask_least"] * self.bump
