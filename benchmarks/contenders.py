@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from library.custom_automagic_cameamp_optimizer import (
+    Automagic_CameAMP,
+    Automagic_CameAMP8bit,
+    Automagic_CameAMP_Improved,
+)
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
 from library.custom_hina_adaptive_adamw_optimizer import AdaptiveHinaAdamW
 
@@ -125,6 +130,16 @@ CONTENDERS = (
     _ours(HinaAdamWOptimizer, "hina-eager", "HinaAdamW, all defaults, eager", backend="eager"),
     _ours(AdaptiveHinaAdamW, "adaptive", "AdaptiveHinaAdamW, all defaults"),
     _ours(AdaptiveHinaAdamW, "adaptive-frozen", "the same, lr_mask frozen", warmup_steps=0),
+    _ours(Automagic_CameAMP8bit, "cameamp8", "Automagic_CameAMP8bit, early warm-up"),
+    _ours(Automagic_CameAMP8bit, "cameamp8-stable", "the same, behind warm-up", warmup_steps=1),
+    _ours(Automagic_CameAMP, "cameamp", "Automagic_CameAMP, early warm-up"),
+    _ours(Automagic_CameAMP, "cameamp-stable", "the same, behind warm-up", warmup_steps=1),
+    _ours(
+        Automagic_CameAMP_Improved,
+        "improved",
+        "Automagic_CameAMP_Improved, all regularizers",
+        warmup_steps=100,
+    ),
 )
 
 BY_KEY = {contender.key: contender for contender in CONTENDERS}

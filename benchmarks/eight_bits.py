@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from quickstart_losses import arguments_of
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -62,7 +64,8 @@ def start(bits: int, folder: Path, arguments: argparse.Namespace) -> subprocess.
     }
     command = [sys.executable, "train_network.py"]
     command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command += ["--optimizer_args", f"optim_bits={bits}", "min_8bit_size=0"]
+    own = arguments_of(arguments.optimizer, float(arguments.lr), arguments.steps)
+    command += ["--optimizer_args", f"optim_bits={bits}", "min_8bit_size=0", *own]
     command += ["--network_args", "conv_dim=4"]
     # The two share the processor: threads of one would wait in a loop for those of the other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ from bar_chart import Bar, bar_chart
 from contenders import BY_KEY, CONTENDERS, REFERENCE, Contender
 from fresh_process import compile_cost, peak_memory
 from machine import describe_machine, in_words
-from stopwatch import Plan, compare, warm_reference
+from stopwatch import Plan, Runner, compare, warm_reference
 from workload import (
     Shapes,
     Workload,
@@ -74,6 +75,8 @@ def main(words: list[str] | None = None) -> int:
         told["compile"] = measure_compiling(arguments)
     if arguments.memory:
         told["memory"] = measure_memory(arguments)
+    if arguments.mean is not None:
+        told["mean"] = measure_mean(arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if arguments.chart:
@@ -99,6 +102,14 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--compile", nargs="?", type=int, const=300, metavar="STEPS", help="compiling, in STEPS"
     )
+    what.add_argument(
+        "--mean",
+        nargs="?",
+        type=int,
+        const=200,
+        metavar="STEPS",
+        help="the mean over STEPS steps: for what an optimizer does not do at every step",
+    )
     what.add_argument("--memory", action="store_true", help="peak of memory in a step (Linux)")
     how = parser.add_argument_group("how")
     how.add_argument("--only", nargs="+", choices=list(BY_KEY), metavar="KEY", help="see --list")
@@ -113,8 +124,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     out.add_argument("--json", type=Path, metavar="FILE")
     out.add_argument("--chart", type=Path, metavar="FILE.svg")
     arguments = parser.parse_args(words)
-    others = (arguments.scaling, arguments.tensors, arguments.compile, arguments.memory)
-    arguments.speed |= others == (None, None, None, False)
+    asked = (arguments.scaling, arguments.tensors, arguments.compile, arguments.mean)
+    arguments.speed |= set(asked) == {None} and not arguments.memory
     if arguments.chart and not arguments.speed:
         parser.error("--chart draws what --speed measures: give that one, too")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -297,6 +308,28 @@ def measure_memory(arguments: argparse.Namespace) -> list[Result]:
         ["optimizer", "peak in a step, MiB", "÷ gradients", "always held, MiB", "÷ gradients"],
         rows,
     )
+    return told
+
+
+def measure_mean(arguments: argparse.Namespace) -> list[Result]:
+    """Steps one by one from the first on, each beside one of the reference; the first one makes
+    programs and does not count."""
+    told, rows = [], []
+    workload = Workload(sdxl_lora(arguments.modules), arguments.device)
+    reference = warm_reference(workload, plan_of(arguments))
+    for contender in chosen(arguments, ["cameamp8", "cameamp", "improved"]):
+        runner = Runner(contender, workload)
+        runner.step()
+        times, others = [], []
+        for _ in range(arguments.mean - 1):
+            times.append(runner.step())
+            others.append(reference.step())
+        mean, other = statistics.mean(times), statistics.mean(others)
+        told.append(
+            {"key": contender.key, "mean_ms": mean, "ratio": mean / other, "worst_ms": max(times)}
+        )
+        rows.append([contender.label, f"{mean:.1f}", f"{mean / other:.2f}", f"{max(times):.0f}"])
+    print_table(["optimizer", "mean step, ms", "× fused AdamW's", "worst, ms"], rows)
     return told
 
 

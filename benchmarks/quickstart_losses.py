@@ -25,7 +25,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-OPTIMIZERS = ("AdamW", "HinaAdamW", "AdaptiveHinaAdamW")
+OPTIMIZERS = (
+    "AdamW",
+    "HinaAdamW",
+    "AdaptiveHinaAdamW",
+    "Automagic_CameAMP",
+    "Automagic_CameAMP8bit",
+    "Automagic_CameAMP_COptim8bit",
+    "Automagic_CameAMP_Improved_8Bit",
+)
 
 
 def main() -> int:
@@ -54,10 +62,10 @@ def main() -> int:
 
 def arguments_of(optimizer: str, lr: float, steps: int) -> list[str]:
     """What an optimizer needs to be told for a short run at this learning rate."""
-    if optimizer != "AdaptiveHinaAdamW":
-        return []
     mask = [f"max_lr={2 * lr}", f"lr_bump={lr / 500}", f"warmup_steps={steps // 2}"]
-    return [*mask, f"relationship_discovery_interval={max(1, steps // 4)}"]
+    if optimizer == "AdaptiveHinaAdamW":
+        return [*mask, f"relationship_discovery_interval={max(1, steps // 4)}"]
+    return mask if optimizer.startswith("Automagic_CameAMP") else []
 
 
 def train(optimizer: str, lr: float, steps: int, seed: int) -> float:
