@@ -80,7 +80,7 @@ RUNS = {
     "not a word": hina(LORA, "--optimizer_args", "spd_anchor=ze ro"),
     "contradiction": hina(LORA, "--use_8bit_adam"),
     "fused": hina(LORA, "--fused_backward_pass"),
-    "to come": hina(LORA, kind="Automagic_CameAMP8bit"),
+    "cameamp": hina(LORA, kind="Automagic_CameAMP8bit"),
 }
 STOCK = {
     "AdamW": ["sd", *LORA],
@@ -168,6 +168,7 @@ def test_short_names_in_any_case_and_paths_are_the_same_optimizer(runs):
 def test_adaptive_trains(runs):
     assert runs["adaptive"]["class"].endswith("AdaptiveHinaAdamW")
     assert "relations are looked for" in log(runs["adaptive"])
+    assert "early warm-up until step 250" in log(runs["cameamp"])
 
 
 def test_bare_words_and_mistakes_in_arguments(runs):
@@ -176,7 +177,6 @@ def test_bare_words_and_mistakes_in_arguments(runs):
     assert "spd_anchor=ze ro" in runs["not a word"]["error"]
     assert "--use_8bit_adam does not go with" in runs["contradiction"]["error"]
     assert "--fused_backward_pass does not go with" in runs["fused"]["error"]
-    assert "not built yet" in runs["to come"]["error"]
 
 
 def test_stocks_optimizers_do_the_same_as_without_the_plugin(runs, tmp_path):

@@ -11,13 +11,14 @@ from torch import nn
 from library.custom_hina_adamw_optimizer import HinaAdamWOptimizer
 from library.custom_hina_adaptive_adamw_optimizer import AdaptiveHinaAdamW
 from library.optim.arguments import OptimizerArgumentError
+from library.optim.cameamp import CameAMP
 from library.optim.registry import (
     MissingPackageError,
-    NotBuiltYetError,
     UnknownOptimizerError,
     check_arguments,
     create_optimizer,
     known_names,
+    of_family,
     parse_optimizer_args,
     relative_step,
     resolve,
@@ -151,11 +152,23 @@ def test_our_own(name, cls):
         "Automagic_CameAMP_Improved_8Bit",
         "RefactoredAutomagicCameAMP",
         "library.custom_automagic_cameamp_optimizer.Automagic_CameAMP",
+        "automagic_cameamp_refactored.RefactoredAutomagicCameAMP",
     ],
 )
-def test_members_to_come_are_refused_by_name(name):
-    with pytest.raises(NotBuiltYetError, match=name):
-        resolve(name)
+def test_members_of_the_cameamp_family(name):
+    """By short name in any letter case or by path; checked before they are built."""
+    cls = resolve(name).load()
+    assert issubclass(cls, CameAMP)
+    assert of_family(name)
+    check_arguments(cls, {"warmup_steps": 10, "profile": "balanced"})
+    with pytest.raises(OptimizerArgumentError, match=r"warmup_stepps.*Did you mean 'warmup_steps'"):
+        check_arguments(cls, {"warmup_stepps": 10})
+    with pytest.raises(OptimizerArgumentError, match=r"memory_optimised.*'memory_optimized'"):
+        check_arguments(cls, {"profile": "memory_optimised"})
+    kind, _, optimizer = create_optimizer(name, [torch.nn.Parameter(torch.ones(2))], 1e-4, {})
+    assert type(optimizer) is cls
+    assert kind.endswith(cls.__name__)
+    assert optimizer.param_groups[0]["lr"] == 1e-4
 
 
 @pytest.mark.parametrize(("name", "hint"), [("HinaAdam", "HinaAdamW"), ("adamw9bit", "AdamW8bit")])

@@ -76,7 +76,7 @@ def test_unknown_option_in_the_config_file(
         ({"optimizer_type": "HinaAdmW"}, ["HinaAdmW", "HinaAdamW"]),
         ({"optimizer_args": ["use_spdd=False"]}, ["use_spdd", "use_spd"]),
         ({"optimizer_args": ["spd_lambda=-1"]}, ["spd_lambda", "-1"]),
-        ({"optimizer_type": "Automagic_CameAMP"}, ["Automagic_CameAMP", "not built yet"]),
+        ({"optimizer_type": "Automagic_CameAP"}, ["Automagic_CameAP", "Automagic_CameAMP"]),
         ({"network_dim": 0}, ["--network_dim", "0"]),
         ({"network_module": "networks.lorra"}, ["networks.lorra", "networks.lora"]),
         ({"network_args": ["conv_dimm=4"]}, ["conv_dimm", "conv_dim"]),
