@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .arguments import Rule
+from .arguments import Rule, number
 from .batch import Turn
 from .cameamp_config import RULES, OptimizerConfig
 from .context import ContextAwareLR
@@ -96,7 +97,8 @@ class CameAMP(ChainOptimizer):
         config: everything else.
     """
 
-    RULES: ClassVar[dict[str, Rule]] = RULES
+    # A schedule may bring a group's learning rate to zero.
+    RULES: ClassVar[dict[str, Rule]] = {**RULES, "lr": number(0)}
     SWITCHES: ClassVar[tuple[str, ...]] = (
         "came",
         "use_agr",
@@ -119,7 +121,7 @@ class CameAMP(ChainOptimizer):
         self.regularizers = Regularizers(
             _regularizers(config),
             config.regularization_interval,
-            lambda step: phase_of(step, config.warmup_steps),
+            partial(phase_of, warmup_steps=config.warmup_steps),
         )
         super().__init__(
             params,
