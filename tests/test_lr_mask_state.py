@@ -62,10 +62,9 @@ def test_bytes_of_state_in_warmup_and_after(backend):
     assert held_bytes(optimizer, p) / p.numel() < 4.3
     train(optimizer, params, range(4, 5))
     assert "lr_walk" not in entry
-    assert entry["lr_mask"].dtype == entry["lr_mask_high"].dtype == torch.uint8
+    assert entry["lr_mask"].dtype == torch.uint8
     assert entry["lr_mask"].shape == p.shape
-    assert entry["lr_mask_high"].numel() == p.numel() / 4
-    assert held_bytes(optimizer, p) / p.numel() < 3.3
+    assert held_bytes(optimizer, p) / p.numel() < 3.1
 
 
 def at_rest(apart: int, backend: str) -> tuple[nn.Parameter, AdaptiveHinaAdamW]:
@@ -82,7 +81,7 @@ def at_rest(apart: int, backend: str) -> tuple[nn.Parameter, AdaptiveHinaAdamW]:
 
 
 @each_backend
-@pytest.mark.parametrize("apart", [250, 256, 1023, 1024, 1800])
+@pytest.mark.parametrize("apart", [255, 256, 1023, 1024, 1800])
 def test_a_frozen_mask_is_as_wide_as_it_must_be(backend, apart):
     p, optimizer = at_rest(apart, backend)
     mask = optimizer.masks(p)
@@ -97,7 +96,11 @@ def test_a_frozen_mask_is_as_wide_as_it_must_be(backend, apart):
         assert torch.allclose(moved, mask / 1.5e-2, rtol=0, atol=1e-5)
     entry = optimizer.state[p]
     assert entry["lr_mask"].dtype == (torch.uint8 if apart < 1024 else torch.int16)
-    assert ("lr_mask_high" in entry) == (apart < 1024)
+    packed = 256 <= apart < 1024
+    assert ("lr_mask_high" in entry) == packed
+    if packed:
+        assert entry["lr_mask_high"].dtype == torch.uint8
+        assert entry["lr_mask_high"].numel() == 2 * 64, "a quarter of two blocks"
 
 
 @each_backend

@@ -57,7 +57,7 @@ import torch
 from library.optim.registry import create_optimizer, known_names
 
 known_names()
-for name in ("HinaAdamW", "AdaptiveHinaAdamW"):
+for name in ("HinaAdamW", "AdaptiveHinaAdamW", "Automagic_CameAMP8bit"):
     for backend in ("auto", "eager"):
         params = [torch.nn.Parameter(torch.ones(64, 65)), torch.nn.Parameter(torch.ones(7))]
         groups = [{{"params": params, "named": ["x.lora_down.weight", "x.bias"]}}]
