@@ -114,6 +114,15 @@ def test_came_alone_equals_came_pytorch(backend):
         assert (p - q).abs().max() <= 4e-5 * moved + 6e-8, tuple(p.shape)
 
 
+def test_a_learning_rate_above_the_masks_limit_is_told(caplog):
+    group = {"params": [nn.Parameter(torch.ones(3, 3))], "lr": 1e-2}
+    Automagic_CameAMP([group], lr=1e-4, backend="eager")
+    assert "lr_mask holds the learning rate, 0.01, down to max_lr=0.001" in caplog.text
+    caplog.clear()
+    Automagic_CameAMP([group], lr=1e-4, backend="eager", use_lr_mask=False)
+    assert not caplog.text
+
+
 def test_without_came_it_is_adamw():
     options = {**NOTHING_ON, "betas": (0.9, 0.99, 0.999), "weight_decay": 0.1, "lr": 1e-2}
     ours = {name: nn.Parameter(p) for name, p in drawn(0, 0.1).items()}

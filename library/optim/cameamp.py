@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -44,6 +45,8 @@ from .techniques import (
 )
 from .techniques.base import FOREVER, TINY
 from .telemetry import optimizer_report
+
+logger = logging.getLogger(__name__)
 
 PHASES = ("early_warmup", "late_warmup", "stable", "mature")
 
@@ -139,6 +142,15 @@ class CameAMP(ChainOptimizer):
             backend=config.backend,
             stochastic_codes=config.error_correction,
         )
+        highest = max(group["lr"] for group in self.param_groups)
+        if config.use_lr_mask and highest > config.max_lr:
+            logger.warning(
+                "%s: lr_mask holds the learning rate, %g, down to max_lr=%g. Raise max_lr, or set "
+                "use_lr_mask=False.",
+                type(self).__name__,
+                highest,
+                config.max_lr,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("config", "c_optim", "lr_mask", "regularizers")

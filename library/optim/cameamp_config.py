@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -26,8 +25,6 @@ from .spelling import did_you_mean
 from .techniques import LRMask, Momentum
 from .techniques.base import TINY
 from .techniques.spd import Anchor
-
-logger = logging.getLogger(__name__)
 
 NO_REGULARIZERS: Mapping[str, Any] = {
     "edge_suppression": False,
@@ -246,13 +243,6 @@ class OptimizerConfig:
                 f"{LRMask.MOST_BUMPS} bumps in warmup_steps={self.warmup_steps} between "
                 f"min_lr={self.min_lr:g} and max_lr={self.max_lr:g}, which is all that it can hold."
                 " Give a larger lr_bump or fewer warmup_steps."
-            )
-        if self.lr > self.max_lr:
-            logger.warning(
-                "lr_mask holds the learning rate, %g, down to max_lr=%g. Raise max_lr, or set "
-                "use_lr_mask=False.",
-                self.lr,
-                self.max_lr,
             )
 
     @classmethod

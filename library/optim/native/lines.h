@@ -258,9 +258,10 @@ static inline const float* spread_lines(
   return x;
 }
 
-// For each row the mean over all rows of its matrix.
+// For each row the mean over all rows of its matrix; 0 behind the last, where another tensor's may lie.
 static inline void mean_of_rows(const Lines& lines, const float* from, float* to) {
   const int64_t height = lines.axes[1].size.of, rows = lines.axes[0].count;
   for (int64_t k = 0; k < rows; k += height)
     std::fill_n(to + k, height, sum_of(from + k, height) / height);
+  std::fill(to + rows, to + lines.stride, 0.0f);
 }
