@@ -69,7 +69,7 @@ def test_what_acts_changes_at_exactly_these_steps(backend):
             state = optimizer.state[p]
             assert ("tam_alignment" in state) == (number < 3), "kept no longer than of use"
             assert ("lr_walk" in state) == (number < WARMUP)
-            mask = optimizer.lr_mask.masks(state)
+            mask = optimizer.masks(p)
             if number >= WARMUP:
                 assert torch.equal(mask, masks[name])
             elif number > 2 and name != "one":

@@ -186,7 +186,8 @@ class CameAMP(ChainOptimizer):
             ValueError: a loss that is not finite.
         """
         if self.c_optim is not None:
-            self.c_optim.note_loss(float(loss))
+            plain = loss.detach() if isinstance(loss, Tensor) else loss
+            self.c_optim.note_loss(float(plain))
 
     def state_dict(self) -> dict[str, Any]:
         """As `ChainOptimizer.state_dict`, with what C-Optim knows under `c_optim`."""
@@ -210,6 +211,13 @@ class CameAMP(ChainOptimizer):
         super().load_state_dict(state_dict)
         if self.c_optim is not None and context is not None:
             self.c_optim.load_state_dict(context.state_dict())
+
+    def masks(self, param: Tensor) -> Tensor | None:
+        """The `lr_mask` of each element of a parameter: float64, exactly what it was moved to
+        (what the scheduler has taken off since is not in it); None before the first step and with
+        `use_lr_mask=False`."""
+        on = self.config.use_lr_mask
+        return self.lr_mask.masks(self.state.get(param, {})) if on else None
 
     def get_memory_stats(self) -> dict[str, float]:
         """Bytes of all state that is held.

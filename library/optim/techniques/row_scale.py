@@ -7,8 +7,8 @@ from .base import Technique, Work
 
 class RowScale(Technique):
     """u ← u/√(‖row‖ + 1/η²), row by row of p before the step; a row of a weight of more than two
-    axes has all that belongs to one index of the first (out × rest). A row of zeros moves at η
-    times the rate. Vectors keep u.
+    axes has all that belongs to one index of the first (out × rest), of a vector each element is
+    one. A row of zeros moves at η times the rate.
 
     Source: Huang and Balestriero, ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws,
     arXiv 2410.09692.
