@@ -20,14 +20,14 @@ def optimizer_of(state: Path) -> dict[str, object]:
 
 
 def test_c_optim_hears_every_loss_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    options = dict(
-        dataset_config=write_dataset(tmp_path / "data"),
-        optimizer_type="Automagic_CameAMP_COptim8bit",
-        optimizer_args=ARGUMENTS,
-        max_train_steps=8,
-        save_every_n_steps=5,
-        save_state=True,
-    )
+    options = {
+        "dataset_config": write_dataset(tmp_path / "data"),
+        "optimizer_type": "Automagic_CameAMP_COptim8bit",
+        "optimizer_args": ARGUMENTS,
+        "max_train_steps": 8,
+        "save_every_n_steps": 5,
+        "save_state": True,
+    }
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train(output_dir=whole, **options)
     middle = whole / "short-step00000005-state"
