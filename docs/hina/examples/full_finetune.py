@@ -46,6 +46,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # tensors as small as these gain nothing from a second
     torch.manual_seed(0)
     model = pretrained()
     before = accuracy(model)
@@ -63,7 +64,7 @@ def main() -> None:
             print(f"step {step + 1:4} ({optimizer.phase}): loss {loss.item():.4f}")
     after = accuracy(model)
     print(f"right of all five classes: {before:.0%} -> {after:.0%}")
-    if after < before + 0.2:
+    if not after > before + 0.2:
         sys.exit("The network has not learned the new classes.")
 
 

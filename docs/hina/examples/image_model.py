@@ -31,11 +31,12 @@ def pictures(size: int = 32) -> Tensor:
 
 
 def denoiser() -> nn.Sequential:
-    layers = [nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1), nn.SiLU()]
-    return nn.Sequential(*layers, nn.Conv2d(32, 1, 3, padding=1))
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(16, 1, 3, padding=1))
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # tensors as small as these gain nothing from a second
     torch.manual_seed(0)
     clean, model = pictures(), denoiser()
     config = OptimizerConfig(
@@ -61,7 +62,7 @@ def main() -> None:
         if step % 20 == 0 or step == STEPS - 1:
             print(f"step {step + 1:4} ({optimizer.phase}): loss {losses[-1]:.4f}")
     print(f"noise left: {losses[0]:.3f} -> {losses[-1]:.3f} (the noise itself: 0.25)")
-    if losses[-1] > 0.25:
+    if not losses[-1] < 0.25:
         sys.exit("The denoiser has not learned anything.")
 
 

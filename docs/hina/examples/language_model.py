@@ -37,6 +37,7 @@ class LanguageModel(nn.Module):
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # tensors as small as these gain nothing from a second
     torch.manual_seed(0)
     text = (ROOT / "README.md").read_text("utf-8")
     alphabet = {letter: k for k, letter in enumerate(sorted(set(text)))}
@@ -68,7 +69,7 @@ def main() -> None:
         if step % 25 == 0 or step == STEPS - 1:
             print(f"step {step + 1:4} ({optimizer.phase}): {losses[-1]:.3f} nats a letter")
     print(f"{losses[0]:.2f} -> {losses[-1]:.2f} nats a letter")
-    if losses[-1] > 0.8 * losses[0]:
+    if not losses[-1] < 0.8 * losses[0]:
         sys.exit("The model has not learned to continue the text.")
 
 

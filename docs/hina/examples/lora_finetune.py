@@ -52,6 +52,7 @@ def pretrained() -> nn.Sequential:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # tensors as small as these gain nothing from a second
     torch.manual_seed(0)
     model = pretrained()
     for k in (2, 4):
@@ -70,7 +71,7 @@ def main() -> None:
         if step % 40 == 0 or step == STEPS - 1:
             print(f"step {step + 1:4} ({optimizer.phase}): loss {losses[-1]:.4f}")
     print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, bytes held {optimizer.get_memory_stats()}")
-    if losses[-1] > 0.5 * losses[0]:
+    if not losses[-1] < 0.5 * losses[0]:
         sys.exit("The adapter has not learned the cosine.")
 
 
