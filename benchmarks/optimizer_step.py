@@ -125,7 +125,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     out.add_argument("--chart", type=Path, metavar="FILE.svg")
     arguments = parser.parse_args(words)
     asked = (arguments.scaling, arguments.tensors, arguments.compile, arguments.mean)
-    arguments.speed |= set(asked) == {None} and not arguments.memory
+    arguments.speed |= all(one is None for one in asked) and not arguments.memory
     if arguments.chart and not arguments.speed:
         parser.error("--chart draws what --speed measures: give that one, too")
     if arguments.device == "cuda" and not torch.cuda.is_available():
