@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,12 @@ logger = logging.getLogger(__name__)
 _SOURCES = Path(__file__).parent
 _HEADERS = ("lanes.h", "call.h", "lines.h", "products.h", "driver.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+
+
+def _flags() -> tuple[str, ...]:
+    """Those of every program, and behind them what `$HINA_CXXFLAGS` adds."""
+    return (*_FLAGS, *shlex.split(os.environ.get("HINA_CXXFLAGS", "")))
+
 
 _compilations = 0
 _counting = threading.Lock()
@@ -94,7 +101,7 @@ def _compile(source: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="hina-optim-") as scratch:
         text, made = Path(scratch, "program.cpp"), Path(scratch, "program.so")
         text.write_text(source)
-        command = [program, *_FLAGS, f"-I{_SOURCES}", str(text), "-o", str(made)]
+        command = [program, *_flags(), f"-I{_SOURCES}", str(text), "-o", str(made)]
         finished = subprocess.run(command, capture_output=True, text=True)
         if finished.returncode:
             raise CompilerError(f"{' '.join(command)} failed:\n{finished.stderr[-4000:]}")
@@ -111,7 +118,7 @@ def _compile(source: str, path: Path) -> None:
 
 def _fingerprint(source: str) -> str:
     """Of all that the machine code depends on: the program, the compiler and the processor."""
-    parts = [source, *_FLAGS, *((_SOURCES / name).read_text() for name in _HEADERS)]
+    parts = [source, *_flags(), *((_SOURCES / name).read_text() for name in _HEADERS)]
     return hashlib.sha256("\0".join([*parts, _machine()]).encode()).hexdigest()[:32]
 
 
