@@ -278,6 +278,24 @@ def test_built_in_regularizers_leave_autograds_gradients(dtype):
     assert all(torch.equal(p.grad, grad) for p, grad in zip(params, kept, strict=True))
 
 
+def test_in_a_stack_each_gradient_is_regularized_as_if_it_came_alone():
+    generator = torch.Generator().manual_seed(0)
+    grads = [size * torch.randn(6, 8, generator=generator) for size in (1.0, 1e-3, 10.0)]
+
+    def moved(grads: list[Tensor]) -> list[Tensor]:
+        params = [nn.Parameter(torch.ones(6, 8)) for _ in grads]
+        optimizer = create_lora_optimizer(params, lr=1e-3, profile="quality_optimized", **EAGER)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+        return [p.detach() for p in params]
+
+    alone = [moved([grad])[0] for grad in grads]
+    assert not torch.allclose(alone[0], alone[1], atol=1e-4)
+    for one, in_stack in zip(alone, moved(grads), strict=True):
+        assert torch.allclose(one, in_stack, atol=1e-7)
+
+
 class FirstOfStack(RegularizationStrategy):
     batched = True
 
