@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from library.optim.arguments import check_keys
+from library.optim.arguments import OptimizerArgumentError, check_keys, check_values
 from library.optim.cameamp import CameAMP
 from library.optim.cameamp_config import NO_REGULARIZERS, RULES, OptimizerConfig
 
@@ -59,6 +59,13 @@ class Automagic_CameAMP(CameAMP):
             OptimizerArgumentError: names the key, the value, what is allowed and the nearest key.
         """
         check_keys([*RULES, "profile"], options, cls.__name__)
+        renamed = {alias: RULES[name] for alias, name in cls.ALIASES.items()}
+        check_values(renamed, options, cls.__name__)
+        for alias, name in cls.ALIASES.items():
+            if alias in options and name in options:
+                raise OptimizerArgumentError(
+                    f"{cls.__name__}: {alias} and {name} are the same here; give one of them."
+                )
         meant = {cls.ALIASES.get(key, key): value for key, value in options.items()}
         return OptimizerConfig.of_profile(presets=cls.PRESETS, **meant)
 
@@ -78,7 +85,8 @@ def _sign(cls: type[Automagic_CameAMP]) -> None:
     shown = [inspect.Parameter("params", either), inspect.Parameter("lr", either, default=1e-6)]
     for one in fields(OptimizerConfig):
         if one.name != "lr":
-            default = cls.PRESETS.get(one.name, one.default)
+            meant = cls.ALIASES.get(one.name, one.name)
+            default = cls.PRESETS.get(meant, OptimizerConfig.__dataclass_fields__[meant].default)
             shown.append(inspect.Parameter(one.name, keyword, default=default, annotation=one.type))
     shown.append(inspect.Parameter("profile", keyword, default="balanced"))
     cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]

@@ -138,6 +138,8 @@ def test_profiles_and_what_wins():
     assert (rich.frequency_penalty, rich.rank_penalty_strength) == (0.08, 0.02)
     assert all(getattr(rich, name) for name in ON)
     assert improved.configured(profile="balanced") == OptimizerConfig()
+    with pytest.raises(OptimizerArgumentError, match=r"There is no profile \['balanced'\]"):
+        improved.configured(profile=["balanced"])
     # A profile wins over the class's own defaults.
     assert family.Automagic_CameAMP.configured(profile="quality_optimized").edge_suppression
     assert set(PROFILES) == {"balanced", "memory_optimized", "quality_optimized"}
@@ -169,6 +171,10 @@ def test_edge_threshold_is_c_optims_in_its_names():
     assert optimizer.c_optim is not None
     assert optimizer.c_optim.edge_threshold == 0.9
     assert family.Automagic_CameAMP(weights(), **EAGER).c_optim is None
+    with pytest.raises(OptimizerArgumentError, match=r"COptim: edge_threshold=2 is not possible"):
+        family.Automagic_CameAMP_COptim(weights(), edge_threshold=2)
+    with pytest.raises(OptimizerArgumentError, match="are the same here"):
+        family.Automagic_CameAMP_COptim(weights(), edge_threshold=0.9, stagnation_threshold=0.9)
 
 
 def test_factories_and_both_import_paths():
@@ -283,7 +289,14 @@ class Wrong(RegularizationStrategy):
         return self.gives
 
 
-@pytest.mark.parametrize(("gives", "told"), [(None, "None"), (torch.ones(2), r"shape \(2,\)")])
+GIVEN = [
+    (None, "None"),
+    (torch.ones(2), r"shape \(2,\)"),
+    (torch.ones(4, 4, dtype=torch.complex64), "complex numbers .*"),
+]
+
+
+@pytest.mark.parametrize(("gives", "told"), GIVEN)
 def test_a_regularizer_that_gives_something_else_is_named(gives, told):
     params = weights()
     start = [p.detach().clone() for p in params]

@@ -220,6 +220,8 @@ def test_the_signature_shows_what_a_class_does(cls):
     assert list(shown)[:2] == ["params", "lr"]
     assert set(shown) == {"params", "profile", *FIELDS}
     done = vars(cls.configured())
+    if "edge_threshold" in cls.ALIASES:
+        done["edge_threshold"] = done["stagnation_threshold"]
     assert {name: shown[name].default for name in FIELDS} == done
 
 

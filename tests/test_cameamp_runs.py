@@ -11,6 +11,8 @@ from runs import same_weights, train, write_dataset
 pytestmark = pytest.mark.slow
 
 ARGUMENTS = ["warmup_steps=4", "max_lr=2e-3", "lr_bump=1e-5", "context_window=10"]
+# Not compiled: eight programs would take most of the time (test_cameamp_examples.py compiles).
+ARGUMENTS += ["backend=eager"]
 
 
 def optimizer_of(state: Path) -> dict[str, object]:

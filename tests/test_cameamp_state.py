@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cameamp_reference import drawn
-from optimizers import each_backend, same
+from optimizers import same
 from torch import Tensor, nn
 
 from library.custom_automagic_cameamp_optimizer import (
@@ -47,7 +47,7 @@ def held_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def test_memory_stats_are_counted_from_what_is_held():
     params = lora()
-    optimizer = Automagic_CameAMP8bit(params.items(), lr=1e-4, warmup_steps=4)
+    optimizer = Automagic_CameAMP8bit(params.items(), lr=1e-4, warmup_steps=4, backend="eager")
     nothing = {"total_quantized_memory": 0, "total_high_precision_memory": 0}
     assert optimizer.get_memory_stats() == {**nothing, "compression_ratio": 1.0}
     for steps in (3, 5):
@@ -58,9 +58,36 @@ def test_memory_stats_are_counted_from_what_is_held():
         # m in 8 bits, the mask in 16 or 8, little beside: against 4 bytes for each of the two.
         assert stats["compression_ratio"] > (2.4 if steps == 3 else 3.4)
     params = lora()
-    exact = Automagic_CameAMP(params.items(), lr=1e-4, use_lr_mask=False, use_tam=False)
+    options = {"use_lr_mask": False, "use_tam": False, "backend": "eager"}
+    exact = Automagic_CameAMP(params.items(), lr=1e-4, **options)
     train(exact, params, 1, 1)
     assert exact.get_memory_stats()["compression_ratio"] == 1.0
+
+
+def test_what_others_keep_beside_is_not_counted():
+    params = lora()
+    optimizer = Automagic_CameAMP(params.items(), lr=1e-4)
+    train(optimizer, params, 1, 1)
+    before = optimizer.get_memory_stats()
+    frozen = nn.Parameter(torch.zeros(3))
+    optimizer.state[frozen]["anything"] = torch.zeros(100)
+    assert optimizer.get_memory_stats() == before
+
+
+@pytest.mark.parametrize(
+    ("full", "anchored"), [(False, {"dora_scale"}), (True, {"up", "dora_scale"})]
+)
+def test_scales_are_pulled_to_what_they_began_with(full, anchored):
+    params = {
+        "m.lora_up.weight": nn.Parameter(torch.zeros(8, 4)),
+        "m.dora_scale": nn.Parameter(torch.ones(8, 1)),
+        "up": nn.Parameter(torch.zeros(8, 4)),
+    }
+    optimizer = Automagic_CameAMP(params.items(), lr=1e-4, full_finetune=full, backend="eager")
+    train(optimizer, params, 1, 1)
+    kept = {name.split(".")[-1] for name, p in params.items() if "spd_anchor" in optimizer.state[p]}
+    assert anchored <= kept
+    assert full or kept == anchored
 
 
 def test_bytes_for_each_parameter():
@@ -128,8 +155,7 @@ def test_rounding_to_the_nearest_when_errors_are_not_corrected():
     assert averages[False] > 1.3
 
 
-@each_backend
-def test_what_c_optim_knows_goes_along_with_a_checkpoint(backend):
+def test_what_c_optim_knows_goes_along_with_a_checkpoint():
     """Resumed in another object from bytes, the multipliers are the same to the last bit."""
 
     def losses(number: int) -> float:
@@ -145,13 +171,13 @@ def test_what_c_optim_knows_goes_along_with_a_checkpoint(backend):
 
     params = lora()
     kind = Automagic_CameAMP_COptim8bit
-    optimizer = kind(params.items(), lr=1e-4, context_window=20, backend=backend)
+    optimizer = kind(params.items(), lr=1e-4, context_window=20, backend="eager")
     course(optimizer, params, 1, 14)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     other = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
-    resumed = kind(other.items(), lr=1e-4, context_window=20, backend=backend)
+    resumed = kind(other.items(), lr=1e-4, context_window=20, backend="eager")
     resumed.load_state_dict(torch.load(file, weights_only=True))
     expected = course(optimizer, params, 15, 30)
     assert course(resumed, other, 15, 30) == expected
@@ -195,6 +221,24 @@ def test_the_loss_comes_by_the_closure_too():
     assert optimizer.state_dict()["c_optim"]["losses"] == pytest.approx(seen)
     with pytest.raises(ValueError, match="loss of nan"):
         optimizer.update_context(float("nan"))
+    with pytest.raises(ValueError, match="closure of `step` has to return it"):
+        optimizer.step(lambda: None)
+
+
+def test_a_loss_that_is_not_finite_is_passed_over_with_its_step():
+    params = lora()
+    options = {"nonfinite": "skip", "backend": "eager"}
+    optimizer = Automagic_CameAMP_COptim(params.items(), lr=1e-4, **options)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = sum((p * float("nan")).sum() for p in params.values())
+        loss.backward()
+        return loss
+
+    assert math.isnan(optimizer.step(closure))
+    assert optimizer.skipped_steps == 1
+    assert optimizer.state_dict()["c_optim"]["losses"] == []
 
 
 def test_a_copy_goes_its_own_way():

@@ -131,6 +131,54 @@ def test_lines_are_kept_from_step_to_step(backend):
         assert (one - expected).abs().max() < 1e-5
 
 
+def mean_is_kept(w: Work) -> Tensor:
+    rows = w.line_mean(w.g * w.g, "row")
+    old, w.state["rows"] = w.state["rows"], rows
+    return w.spread_lines(old + rows, "row")
+
+
+def mean_of_rows_is_kept(w: Work) -> Tensor:
+    mean = w.mean_of_rows(w.line_mean(w.g * w.g, "row"))
+    old, w.state["rows"] = w.state["rows"], mean
+    return w.spread_lines(old + mean, "row")
+
+
+def old_rows_are_spread(w: Work) -> Tensor:
+    old = w.state["rows"]
+    w.state["rows"] = 0.5 * old + w.line_mean(w.g * w.g, "row")
+    return w.spread_lines(old, "row") + w.spread_lines(w.mean_of_rows(old), "row")
+
+
+def old_rows_meet_the_mean_of_new(w: Work) -> Tensor:
+    old = w.state["rows"]
+    w.state["rows"] = 0.5 * old + w.line_mean(w.g * w.g, "row")
+    return w.spread_lines(old * w.mean_of_rows(w.state["rows"]) + w.to_lines(0.5, "row"), "row")
+
+
+def rows_change_places(w: Work) -> Tensor:
+    old, other = w.state["rows"], w.state["others"]
+    w.state["rows"], w.state["others"] = 0.5 * old + w.line_mean(w.g * w.g, "row"), old
+    return w.spread_lines(w.state["rows"] + 2.0 * other, "row")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        mean_is_kept,
+        mean_of_rows_is_kept,
+        old_rows_are_spread,
+        old_rows_meet_the_mean_of_new,
+        rows_change_places,
+    ],
+)
+def test_old_and_new_rows_can_be_used_anywhere(line):
+    state: dict[str, Kind] = {"rows": "row", "others": "row"}
+    compiled, eager = (after_steps(b, line, SHAPES, state, steps=3) for b in ("compiled", "eager"))
+    for k, (one, expected) in enumerate(zip(compiled, eager, strict=True)):
+        assert expected.any(), SHAPES[k]
+        assert torch.allclose(one, expected, rtol=1e-5, atol=1e-6), SHAPES[k]
+
+
 def test_shapes_of_lines():
     shape = torch.Size([6, 5, 3, 2])
     assert [lines_of(shape, axis) for axis in AXES] == [(90, 2, 1), (30, 3, 2), (6, 30, 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -180,14 +181,20 @@ class CameAMP(ChainOptimizer):
         return loss
 
     def update_context(self, loss: float | Tensor) -> None:
-        """Tell C-Optim the loss of the step that comes; nothing without `c_optim`.
+        """Tell C-Optim the loss of the step that comes; nothing without `c_optim`. Of several
+        processes it has to be their mean, or the processes drift apart. One that is not finite is
+        passed over with `nonfinite="skip"`, as the step will be.
 
         Raises:
-            ValueError: a loss that is not finite.
+            ValueError: a loss that is not finite, or none.
         """
-        if self.c_optim is not None:
-            plain = loss.detach() if isinstance(loss, Tensor) else loss
-            self.c_optim.note_loss(float(plain))
+        if self.c_optim is None:
+            return
+        if loss is None:
+            raise ValueError("C-Optim needs the loss: the closure of `step` has to return it.")
+        plain = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        if isfinite(plain) or self.nonfinite == "raise":
+            self.c_optim.note_loss(plain)
 
     def state_dict(self) -> dict[str, Any]:
         """As `ChainOptimizer.state_dict`, with what C-Optim knows under `c_optim`."""
@@ -229,7 +236,7 @@ class CameAMP(ChainOptimizer):
         """
         quantized = high = numbers = 0
         for param, entry in self.state.items():
-            for slot in self.variant(param).slots if entry else ():
+            for slot in self.variant(param).slots if "step" in entry else ():
                 held = [entry[name] for name in slot.names]
                 size = sum(one.nbytes for one in held)
                 numbers += held[0].numel()
@@ -349,7 +356,7 @@ def _chain(
     consistent = Consistent(config.beta1_decay) if config.use_consistency else Momentum()
     anchor = config.spd_anchor
     if anchor == "auto":
-        anchor = "initial" if config.full_finetune else "zero"
+        anchor = "initial" if config.full_finetune else "adapter"
     links: list[tuple[bool, Technique]] = [
         (context is not None, ContextRate(context or _context(config))),
         (config.use_agr, AGR()),

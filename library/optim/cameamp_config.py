@@ -255,7 +255,7 @@ class OptimizerConfig:
         Raises:
             OptimizerArgumentError: no such profile or field, or an impossible value.
         """
-        if profile not in PROFILES:
+        if profile not in list(PROFILES):  # a list, too, is no profile
             raise OptimizerArgumentError(
                 f"There is no profile {profile!r}.{did_you_mean(str(profile), PROFILES)} "
                 f"Profiles: {', '.join(PROFILES)}."
@@ -271,7 +271,3 @@ class OptimizerConfig:
     def bits(self) -> int:
         """8 or 32."""
         return 8 if self.force_8bit else self.optim_bits
-
-    def as_dict(self) -> dict[str, Any]:
-        """Fields and values, as `vars(config)`, in a dict of one's own."""
-        return dict(vars(self))

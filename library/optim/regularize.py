@@ -94,10 +94,11 @@ class Regularizers:
 
 
 def _check(strategy: RegularizationStrategy, grad: object, shape: torch.Size, name: str) -> None:
-    if not isinstance(grad, Tensor) or grad.shape != shape:
-        found = f"shape {tuple(grad.shape)}" if isinstance(grad, Tensor) else repr(grad)
+    if not isinstance(grad, Tensor) or grad.shape != shape or grad.is_complex():
+        kind = "complex numbers of " if isinstance(grad, Tensor) and grad.is_complex() else ""
+        found = f"{kind}shape {tuple(grad.shape)}" if isinstance(grad, Tensor) else repr(grad)
         raise ValueError(
             f"{type(strategy).__name__}.apply has returned {found} for the gradient of "
-            f"{name or 'a parameter without a name'}; it must return a tensor of shape "
+            f"{name or 'a parameter without a name'}; it must return a real tensor of shape "
             f"{tuple(shape)}."
         )

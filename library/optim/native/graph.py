@@ -4,7 +4,7 @@ The chain is run once on symbols (`torch.fx`). That gives a graph of elementwise
 over tensors and over their lines, and maxima over blocks. Sums divide it into phases: what depends
 on a sum can only be known in a later pass over the tensor. Maxima divide a pass in the same way
 into loops over the block's elements. What is known of lines (rows, columns, filters) is computed
-between passes, by short passes over these (`native.lines`).
+between passes, by short passes over these (`passes.LinePass`).
 
 Phase 0 is the look at the gradients of all tensors, before anything moves: it has to be made for
 their finiteness, and sums over gradients alone cost nothing more there. All else begins in phase 1.
@@ -168,7 +168,6 @@ class ChainGraph:
         }
         self._delay_sums()
         self._count_stages()
-        self._check_lines_written()
         self.slots = self._give_slots()
         self._write_early()
         self._keep_costly()
@@ -240,10 +239,14 @@ class ChainGraph:
         per_tensor = {name: self.given(name, Level.TENSOR) for name in PER_TENSOR}
         p, grad = self.given("p", Level.ELEMENT), self.given("grad", Level.ELEMENT, phase=0)
         held = {}
+        # A pass over lines reads such state once and hands it on; it writes what it computes.
+        floats = [slot for slot in self.variant.slots if slot.axis and not slot.coded]
         for slot in self.variant.slots:
             level = Level.TENSOR if slot.kind == "scalar" else Level.ELEMENT
             kind = "int" if slot.coded or slot.kind in ("whole", "byte", "packed") else "real"
             held[slot.name] = self.given(slot.name, level, kind, axis=slot.axis)
+            if slot in floats:
+                held[slot.name] = held[slot.name] * 1.0
             if slot.coded:
                 held[slot.scale] = self.given(slot.scale, Level.BLOCK, axis=slot.axis)
             if slot.kind == "packed":
@@ -269,6 +272,9 @@ class ChainGraph:
                 raise UntranslatableError(
                     f"A technique reports {value!r} as '{name}': a report is a per-tensor quantity."
                 )
+        for slot in floats:
+            if slot.name in after and after[slot.name].node.target in (*LINE_SUMS, mean_of_rows):
+                after[slot.name] = after[slot.name] * 1.0
         self.outputs = {"p": new_p.node} | {name: proxy.node for name, proxy in after.items()}
         self.report = {name: proxy.node for name, proxy in report.items()}
 
@@ -523,23 +529,6 @@ class ChainGraph:
     def _turn(self, node: fx.Node) -> tuple[int, int]:
         value = self.values[node]
         return value.phase, value.stage
-
-    def _check_lines_written(self) -> None:
-        """Refuse to use the old value of lines behind the pass that the new one is known after.
-
-        Raises:
-            UntranslatableError: names the state.
-        """
-        for slot in self.variant.slots:
-            if slot.axis is None or slot.name not in self.outputs:
-                continue
-            known = self.values[self.outputs[slot.name]].phase
-            users = (user for name in slot.names for user in self.inputs[name].users)
-            if any(self.values[user].phase > known for user in users if user in self.values):
-                raise UntranslatableError(
-                    f"The old value of '{slot.name}' is used behind the pass in which the new one "
-                    "is written."
-                )
 
     def _write_early(self) -> None:
         """Write each state in the pass that leaves least to keep between passes, of these in the

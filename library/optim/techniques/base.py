@@ -77,7 +77,7 @@ class Work:
             step, 0 for others; computed if a technique `uses_pair_norm`.
         factors: of each technique that has one, its factor per tensor (`Technique.prepare`,
             `Technique.schedule`).
-        grad: the gradient as autograd left it.
+        grad: the gradient before any technique; regularizers, where there are any, have acted.
         g: the gradient as the techniques before have made it.
         p: the parameters before the step.
         u: the update's direction.
@@ -147,8 +147,10 @@ class Work:
         """A per-line quantity, to meet matrices elementwise."""
         return self.layout.spread_lines(lines, axis)
 
-    def to_lines(self, per_tensor: Tensor, axis: Axis) -> Tensor:
-        """A per-tensor quantity, to meet per-line ones of this axis."""
+    def to_lines(self, per_tensor: Tensor | float, axis: Axis) -> Tensor:
+        """A per-tensor quantity, to meet per-line ones of this axis; a plain number as it is."""
+        if isinstance(per_tensor, float):
+            return cast(Tensor, per_tensor)
         return self.layout.to_lines(per_tensor, axis)
 
     def mean_of_rows(self, rows: Tensor) -> Tensor:

@@ -11,15 +11,19 @@ from ..roles import family_of
 from ..state import Kind
 from .base import TINY, Technique, Work
 
-Anchor = Literal["auto", "zero", "initial"]
+Anchor = Literal["auto", "adapter", "zero", "initial"]
 
 _ADAPTER_ROLES = {"w_norm", "b_norm", "lora_mid", "hada", "oft_blocks", "glora"}
+_SCALES = {"dora_scale", "ia3"}
 
 
 def anchor_for(role: str, anchor: Anchor) -> Literal["zero", "initial"]:
     """Where a role is pulled to. By itself: zero for what is added to a base model, and the initial
     value for anything else, a DoRA or IA3 scale included (these start at a weight's norm or at 1).
+    `adapter`: zero also for what no name tells of, because all that is trained is an adapter's.
     """
+    if anchor == "adapter":
+        return "initial" if role in _SCALES else "zero"
     if anchor != "auto":
         return anchor
     return "zero" if family_of(role) != "other" or role in _ADAPTER_ROLES else "initial"
