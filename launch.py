@@ -49,7 +49,7 @@ def main(arguments: "list[str]") -> int:
 
 def test(rest: "list[str]") -> int:
     """Run the checks of style and types, then the tests; with options, only pytest with them."""
-    if not install("requirements-dev.txt"):
+    if not (install("requirements-federated.txt") and install("requirements-dev.txt")):
         return 1
     if rest:
         return run("-m", "pytest", *rest)

@@ -1,0 +1,108 @@
+"""What a run has done so far, in one file that a killed server goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from library.training.errors import UserError
+
+from .settings import Settings
+
+STATE = "federation.safetensors"
+HISTORY = "history.json"
+
+
+@dataclass
+class Round:
+    """One round.
+
+    Attributes:
+        number: counted from 1; 0 is what the run began with.
+        accuracy, loss: of the server's model on the test pictures.
+        clients: of those that took part, by name: `pictures`, `loss`, `seconds`.
+        left_out: of those that did not, by name, why.
+        traffic: by name, bytes `sent` and `received`, as counted on the wire.
+        product_error: how far the new B·A is from the mean of the clients' B·A, relative to this.
+        seconds: of the whole round.
+    """
+
+    number: int
+    accuracy: float = 0.0
+    loss: float = 0.0
+    clients: dict[str, dict[str, float]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    traffic: dict[str, dict[str, int]] = field(default_factory=dict)
+    product_error: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Journal:
+    """The rounds of a run and the adapter behind the last one.
+
+    Attributes:
+        folder: where it is kept.
+        tensors: the adapter, by name.
+    """
+
+    folder: Path
+    settings: Settings
+    tensors: dict[str, np.ndarray]
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def last(self) -> int:
+        """The number of the last round."""
+        return self.rounds[-1].number if self.rounds else 0
+
+    def save(self) -> None:
+        """Write adapter and rounds together: killed at any moment, either the old or the new are
+        there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        told = {
+            "settings": self.settings.as_dict(),
+            "rounds": [asdict(one) for one in self.rounds],
+        }
+        new = self.folder / f"{STATE}.new"
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.tensors.items()}
+        save_file(arrays, new, metadata={"federation": json.dumps(told)})
+        os.replace(new, self.folder / STATE)
+        new = self.folder / f"{HISTORY}.new"
+        new.write_text(json.dumps(told, indent=2), encoding="utf-8")
+        os.replace(new, self.folder / HISTORY)
+
+    @classmethod
+    def of_folder(
+        cls, folder: Path, settings: Settings, tensors: Mapping[str, np.ndarray]
+    ) -> Journal:
+        """The journal that a folder holds, or one that begins with `tensors`.
+
+        Raises:
+            UserError: it is of another run; names what differs.
+        """
+        file = folder / STATE
+        if not file.exists():
+            return cls(folder, settings, dict(tensors))
+        with safe_open(file, "numpy") as held:
+            told: dict[str, Any] = json.loads(held.metadata()["federation"])
+            kept = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+        problems = settings.unlike(told["settings"])
+        shapes = {name: array.shape for name, array in tensors.items()}
+        if {name: array.shape for name, array in kept.items()} != shapes:
+            problems.append("its adapter has other tensors")
+        if problems:
+            raise UserError(
+                f"{folder} holds another run: {'; '.join(problems)}. Name another --output, or "
+                "remove that folder."
+            )
+        ordered = {name: kept[name] for name in tensors}
+        return cls(folder, settings, ordered, [Round(**one) for one in told["rounds"]])

@@ -1,0 +1,151 @@
+"""What a federated run is set up with: the `federated` section of a YAML file, and the command line
+over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from library.optim.arguments import (
+    Rule,
+    check_keys,
+    check_values,
+    number,
+    one_of,
+    plain,
+    whole_number,
+)
+from library.training.errors import UserError
+
+from .aggregation import AGGREGATIONS
+
+DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "clip_lora.yaml"
+
+RULES: dict[str, Rule] = {
+    "clients": whole_number(1),
+    "rounds": whole_number(1),
+    "aggregation": one_of(*AGGREGATIONS),
+    "dirichlet_alpha": number(0, open_low=True),
+    "seed": whole_number(0),
+    "learning_rate": number(0, open_low=True),
+    "batch_size": whole_number(1),
+    "epochs": whole_number(1),
+    "min_clients": whole_number(1),
+    "round_timeout": number(0, open_low=True),
+    "join_timeout": number(0, open_low=True),
+    "dp_noise": number(0),
+    "dp_clip": number(0, open_low=True),
+}
+_FREE_TO_CHANGE = ("rounds", "min_clients", "round_timeout", "join_timeout")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A federated run.
+
+    Attributes:
+        model: the sections `model` and `lora`, for `utils.model_factory.create_model`.
+        clients: how many take part; client k has the k-th share of the pictures.
+        rounds: how often the server hands out an adapter and averages what comes back.
+        aggregation: `fedavg`, `product` or `frozen_a` (`aggregation`).
+        dirichlet_alpha: how alike the clients' shares are; small is unlike.
+        seed: of shares, of the adapter's first values and of the order of pictures.
+        optimizer, optimizer_args, learning_rate, batch_size, epochs: a client's training in a
+            round; any name that the trainer's `--optimizer_type` takes.
+        min_clients: with fewer sound answers a round leaves the adapter as it was.
+        round_timeout: seconds that a client has for a round.
+        join_timeout: seconds to wait for all clients before the first round, and for `min_clients`
+            of them before any other.
+        dp_noise, dp_clip: central differential privacy by Flower: each client's change is clipped
+            to the norm `dp_clip`, and noise of `dp_noise` times that, divided by the number of
+            clients, is added to the mean. 0 is off.
+
+    Raises:
+        OptimizerArgumentError: (a ValueError) an impossible value; names it and what is allowed.
+    """
+
+    model: Mapping[str, Any]
+    clients: int = 4
+    rounds: int = 3
+    aggregation: str = "fedavg"
+    dirichlet_alpha: float = 0.5
+    seed: int = 0
+    optimizer: str = "HinaAdamW"
+    optimizer_args: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 3e-3
+    batch_size: int = 16
+    epochs: int = 4
+    min_clients: int = 1
+    round_timeout: float = 300.0
+    join_timeout: float = 120.0
+    dp_noise: float = 0.0
+    dp_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_values(RULES, {name: plain(value) for name, value in vars(self).items()}, "federated")
+        if self.min_clients > self.clients:
+            raise UserError(
+                f"federated: min_clients={self.min_clients} is more than clients={self.clients}."
+            )
+        if self.dp_noise and self.aggregation == "product":
+            raise UserError(
+                "federated: the noise of differential privacy is measured for a mean, and "
+                "aggregation 'product' is none. Use 'fedavg' or 'frozen_a', or dp_noise: 0."
+            )
+
+    @classmethod
+    def of_file(cls, path: Path, **given: Any) -> Settings:
+        """A file's settings, with those that are `given` and not None over them.
+
+        Raises:
+            UserError: no such file, or it cannot be read; OptimizerArgumentError: see the class.
+        """
+        sections = read_yaml(path)
+        own = dict(sections.pop("federated", None) or {})
+        check_keys(
+            [one.name for one in fields(cls) if one.name != "model"], own, f"{path}: federated"
+        )
+        own |= {name: value for name, value in given.items() if value is not None}
+        model = {name: dict(section) for name, section in sections.items()}
+        if own.get("aggregation") == "frozen_a":
+            model.setdefault("lora", {})["freeze_a"] = True
+        model.setdefault("lora", {}).setdefault("seed", own.get("seed", 0))
+        return cls(model=model, **own)
+
+    def unlike(self, earlier: Mapping[str, Any]) -> list[str]:
+        """What differs from the settings of a run that is to be continued, and may not."""
+        now = self.as_dict()
+        return [
+            f"{name} was {earlier.get(name)!r}, now {value!r}"
+            for name, value in now.items()
+            if name not in _FREE_TO_CHANGE and earlier.get(name) != value
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    def but(self, **changed: Any) -> Settings:
+        """The same, with some set otherwise."""
+        return replace(self, **changed)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file.
+
+    Raises:
+        UserError: it is not there, or is no YAML with sections; says where.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"There is no file {path}. The default is {DEFAULT_CONFIG}.")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(one, dict) for one in found.values()):
+        raise UserError(f"{path} has to consist of sections: model, lora, federated.")
+    return found

@@ -1,0 +1,295 @@
+"""What the server does in a round: hand out the adapter, sort out answers that are none, average.
+
+`Rounds` is led by Flower's server. It knows clients by name and gives what is sound to an inner
+strategy, which averages: `Averaging`, or Flower's differential privacy around it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf, isfinite
+from typing import Any
+
+import numpy as np
+from flwr.common import (
+    Code,
+    EvaluateIns,
+    FitIns,
+    FitRes,
+    Parameters,
+    Scalar,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import DifferentialPrivacyServerSideFixedClipping, Strategy
+
+from library.training.errors import UserError
+from lora.clip_wrapper import CLIPLoRAWrapper
+
+from .aggregation import AGGREGATIONS, product_error
+from .client import name_of
+from .data import Pictures
+from .journal import Journal, Round
+from .roster import Roster
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Answers = list[tuple[ClientProxy, FitRes]]
+Failures = list[tuple[ClientProxy, FitRes] | BaseException]
+
+
+class Averaging(Strategy):
+    """Averages sound answers by one of `AGGREGATIONS`.
+
+    Args:
+        names: of the tensors, in the order in which they travel.
+        weighted: by numbers of pictures; else all alike, for which noise is calibrated.
+
+    Attributes:
+        invited: the clients of the next round, and its number: `Rounds` sets them.
+        error: the last round's `product_error`; None where no pairs travel whole.
+    """
+
+    def __init__(self, names: Sequence[str], aggregation: str, weighted: bool) -> None:
+        self.names, self.weighted = list(names), weighted
+        self.combine = AGGREGATIONS[aggregation]
+        self.has_pairs = any(name.endswith("lora_A.weight") for name in names)
+        self.invited: tuple[list[ClientProxy], int] = ([], 0)
+        self.error: float | None = None
+
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
+        return None
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        proxies, number = self.invited
+        return [(proxy, FitIns(parameters, {"round": number})) for proxy in proxies]
+
+    def aggregate_fit(
+        self, server_round: int, results: Answers, failures: Failures
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        updates = [
+            (
+                float(answer.num_examples) if self.weighted else 1.0,
+                dict(zip(self.names, parameters_to_ndarrays(answer.parameters), strict=True)),
+            )
+            for _, answer in results
+        ]
+        combined = self.combine(updates)
+        error = product_error(updates, combined) if self.has_pairs else inf
+        self.error = error if isfinite(error) else None  # infinite: the mean is zero
+        return ndarrays_to_parameters([combined[name] for name in self.names]), {}
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, results: Any, failures: Any
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        return None, {}
+
+    def evaluate(
+        self, server_round: int, parameters: Parameters
+    ) -> tuple[float, dict[str, Scalar]] | None:
+        return None
+
+
+class Rounds(Strategy):
+    """The rounds of a run, from the journal's last one on.
+
+    Args:
+        model: the server's, LoRA applied.
+        test: what it is evaluated on after each round.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: CLIPLoRAWrapper,
+        test: Pictures,
+        roster: Roster,
+        journal: Journal,
+    ) -> None:
+        self.settings, self.model, self.test = settings, model, test
+        self.roster, self.journal = roster, journal
+        self.behind = journal.last
+        self.now = Round(self.behind)
+        self.asked: dict[str, str] = {}
+        self.began = 0.0
+        names = list(journal.tensors)
+        self.averaging = Averaging(names, settings.aggregation, weighted=not settings.dp_noise)
+        self.private: DifferentialPrivacyServerSideFixedClipping | None = None
+        if settings.dp_noise:
+            self.private = DifferentialPrivacyServerSideFixedClipping(
+                self.averaging, settings.dp_noise, settings.dp_clip, settings.clients
+            )
+        self.inner: Strategy = self.private or self.averaging
+
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
+        """The journal's adapter: what the run began with, or its last round's."""
+        return ndarrays_to_parameters(list(self.journal.tensors.values()))
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Invite whoever is there: before the first round all clients are waited for.
+
+        Raises:
+            UserError: fewer than `min_clients` come.
+        """
+        settings, first = self.settings, server_round == 1
+        wanted = settings.clients if first else settings.min_clients
+        present = self.roster.await_clients(wanted, settings.join_timeout)
+        number = self.behind + server_round
+        if len(present) < settings.min_clients:
+            raise UserError(
+                f"round {number}: {len(present)} of at least {settings.min_clients} clients are "
+                f"there after {settings.join_timeout:g} s. What the rounds before gave is in "
+                f"{self.journal.folder}; the same command goes on from there."
+            )
+        self.now, self.began = Round(number), time.monotonic()
+        self.asked = {proxy.cid: name for name, proxy in present.items()}
+        self.now.left_out = dict(self.roster.refused)
+        expected = {name_of(k) for k in range(settings.clients)}
+        for name in sorted(expected - present.keys() - self.roster.refused.keys()):
+            self._leave_out(name, "it is not there")
+        self.averaging.invited = list(present.values()), number
+        return self.inner.configure_fit(server_round, parameters, client_manager)
+
+    def aggregate_fit(
+        self, server_round: int, results: Answers, failures: Failures
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        """Average what is sound; name who has given nothing, or what is none."""
+        answered = {self.asked[proxy.cid]: (proxy, answer) for proxy, answer in results}
+        self._name_the_silent(answered.keys(), failures)
+        sound: Answers = []
+        # In order of names: a sum's rounding depends on it.
+        for name, (proxy, answer) in sorted(answered.items()):
+            if problem := self._problem_of(answer):
+                self._leave_out(name, problem)
+                continue
+            sound.append((proxy, answer))
+            told = {key: float(value) for key, value in answer.metrics.items()}
+            self.now.clients[name] = {"pictures": answer.num_examples, **told}
+        if len(sound) < self.settings.min_clients:
+            logger.warning(
+                "round %d changes nothing: %d of at least %d answers are sound",
+                *(self.now.number, len(sound), self.settings.min_clients),
+            )
+            return None, {}
+        if self.private is not None:
+            self.private.num_sampled_clients = len(sound)  # the mean's noise is for so many
+        return self.inner.aggregate_fit(server_round, sound, [])
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        """Nobody: the server has test pictures of its own, and sending costs."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, results: Any, failures: Any
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        return None, {}
+
+    def evaluate(
+        self, server_round: int, parameters: Parameters
+    ) -> tuple[float, dict[str, Scalar]]:
+        """Accuracy on the test pictures; the end of a round, which is saved."""
+        arrays = [array.astype(np.float32) for array in parameters_to_ndarrays(parameters)]
+        self.model.set_parameters(arrays)
+        found = self.model.evaluate(self.test.images, self.test.labels)
+        if server_round > 0 or not self.journal.rounds:
+            self._close_round(arrays, found)
+        return found["loss"], {"accuracy": found["accuracy"]}
+
+    def _close_round(self, arrays: list[np.ndarray], found: dict[str, float]) -> None:
+        now = self.now
+        now.accuracy, now.loss = found["accuracy"], found["loss"]
+        now.traffic = {
+            name: {"sent": moved.sent, "received": moved.received}
+            for name, moved in self.roster.traffic().items()
+        }
+        if now.number:
+            now.seconds = time.monotonic() - self.began
+            now.product_error = self.averaging.error if now.clients else None
+        self.journal.tensors = dict(zip(self.journal.tensors, arrays, strict=True))
+        self.journal.rounds.append(now)
+        self.journal.save()
+        for line in lines_of(now):
+            logger.info(line)
+
+    def _name_the_silent(self, answered: Iterable[str], failures: Failures) -> None:
+        """Those that were asked and have not answered, or with an error."""
+        errors = {
+            self.asked[one[0].cid]: f"it answers with an error: {one[1].status.message}"
+            for one in failures
+            if not isinstance(one, BaseException)
+        }
+        for cid, name in sorted(self.asked.items(), key=lambda item: item[1]):
+            if name not in answered:
+                self._leave_out(name, errors.get(name) or self._silence_of(cid))
+
+    def _silence_of(self, cid: str) -> str:
+        left, limit = self.roster.left_at(cid), self.settings.round_timeout
+        if left is not None and left - self.began < limit:
+            return f"its connection was lost {left - self.began:.1f} s into the round"
+        return f"no answer within {limit:g} s"
+
+    def _leave_out(self, name: str, problem: str) -> None:
+        self.now.left_out[name] = problem
+        logger.warning("round %d: %s is left out: %s", self.now.number, name, problem)
+
+    def _problem_of(self, answer: FitRes) -> str | None:
+        """What is wrong with an answer; None for a sound one."""
+        if answer.status.code != Code.OK:
+            return f"it answers with an error: {answer.status.message}"
+        if answer.num_examples < 1:
+            return f"it has trained on {answer.num_examples} pictures"
+        try:
+            arrays = parameters_to_ndarrays(answer.parameters)
+        except (ValueError, EOFError, OSError) as error:  # bytes that are no arrays
+            return f"its answer cannot be read: {error}"
+        return problem_of(arrays, self.journal.tensors)
+
+
+def problem_of(arrays: list[np.ndarray], expected: Mapping[str, np.ndarray]) -> str | None:
+    """What keeps tensors from being averaged with others: too few, other shapes, not numbers, not
+    finite; None if nothing does."""
+    if len(arrays) != len(expected):
+        return f"it has sent {len(arrays)} of {len(expected)} tensors"
+    for array, (name, held) in zip(arrays, expected.items(), strict=True):
+        if array.shape != held.shape:
+            return f"'{name}' has shape {array.shape} instead of {held.shape}"
+        if array.dtype.kind != "f":
+            return f"'{name}' holds {array.dtype} instead of floating-point numbers"
+        if not np.isfinite(array).all():
+            return f"'{name}' holds NaN or infinity"
+    return None
+
+
+def lines_of(one: Round) -> list[str]:
+    """A round as the log tells it."""
+    if not one.number:
+        return [f"before the first round: accuracy {one.accuracy:.3f}, loss {one.loss:.3f}"]
+    lines = [
+        f"round {one.number}: accuracy {one.accuracy:.3f}, loss {one.loss:.3f}, "
+        f"{len(one.clients)} clients, {one.seconds:.1f} s"
+    ]
+    for name, moved in one.traffic.items():
+        told = one.clients.get(name)
+        did = f"{told['pictures']:.0f} pictures, loss {told['loss']:.3f}, " if told else ""
+        lines.append(
+            f"  {name}: {did}sent {moved['sent']:,} bytes, received {moved['received']:,} bytes"
+        )
+    if one.product_error is not None:
+        lines.append(f"  B·A is {one.product_error:.1%} off the mean of the clients' B·A")
+    return lines

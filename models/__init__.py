@@ -1,0 +1,1 @@
+"""Host models that `lora/` adds LoRA to; they know nothing of LoRA."""

@@ -1,0 +1,1 @@
+"""Making models from configuration files (`model_factory`), and small helps for that."""
