@@ -98,6 +98,8 @@ def make_environment() -> bool:
 def pip_install(requirements: str) -> bool:
     """Run pip, showing what it is at; what it said in full is kept for the case that it fails."""
     command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "-r", requirements]
+    if not sys.dont_write_bytecode:  # most modules are never imported; Python compiles the others
+        command.append("--no-compile")
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     started = time.monotonic()
     said = []  # type: list[str]

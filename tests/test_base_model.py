@@ -150,9 +150,9 @@ def test_quickstart_and_validation_pictures_differ() -> None:
 def test_draws_what_it_is_asked(pipeline: StableDiffusionPipeline) -> None:
     """The bar of `tools/score_base_model.py`, for fewer prompts and against fewer pictures."""
     references, captions = read_references(Path(__file__).parent / "data" / "emoji_16px.png")
-    drawn = draw_prompts(pipeline, captions[:40], steps=25, guidance=4.0)
-    shares = share_farther(drawn, references, list(range(40)))
-    assert (shares >= 0.9).sum() >= 28
+    drawn = draw_prompts(pipeline, captions[:20], steps=25, guidance=4.0)
+    shares = share_farther(drawn, references, list(range(20)))
+    assert (shares >= 0.9).sum() >= 14
 
 
 def test_a_picture_is_scored_by_how_many_others_are_farther() -> None:

@@ -66,7 +66,7 @@ def test_memory_stats_are_counted_from_what_is_held():
 
 def test_what_others_keep_beside_is_not_counted():
     params = lora()
-    optimizer = Automagic_CameAMP(params.items(), lr=1e-4)
+    optimizer = Automagic_CameAMP(params.items(), lr=1e-4, backend="eager")
     train(optimizer, params, 1, 1)
     before = optimizer.get_memory_stats()
     frozen = nn.Parameter(torch.zeros(3))
@@ -94,7 +94,7 @@ def test_bytes_for_each_parameter():
     """Spec 1 §7 on halves as large as SDXL's: at most 3.3 in warm-up, 2.2 afterwards."""
     shapes = {"down": (16, 1280), "up": (1280, 16), "wide": (16, 10240), "tall": (10240, 16)}
     params = {name: nn.Parameter(0.02 * torch.randn(shape)) for name, shape in shapes.items()}
-    optimizer = Automagic_CameAMP8bit(params.items(), lr=1e-4, warmup_steps=20)
+    optimizer = Automagic_CameAMP8bit(params.items(), lr=1e-4, warmup_steps=20, backend="eager")
     elements = sum(p.numel() for p in params.values())
     train(optimizer, params, 1, 10)
     assert held_bytes(optimizer) / elements <= 3.3
@@ -105,11 +105,11 @@ def test_bytes_for_each_parameter():
 @pytest.mark.parametrize("to", [8, 32])
 def test_rows_and_columns_convert_between_precisions(to, caplog):
     caplog.set_level("INFO")
-    params = lora()
-    optimizer = Automagic_CameAMP(params.items(), lr=1e-4, optim_bits=40 - to)
+    params, options = lora(), {"lr": 1e-4, "backend": "eager"}
+    optimizer = Automagic_CameAMP(params.items(), optim_bits=40 - to, **options)
     train(optimizer, params, 1, 3)
     other = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
-    converted = Automagic_CameAMP(other.items(), lr=1e-4, optim_bits=to)
+    converted = Automagic_CameAMP(other.items(), optim_bits=to, **options)
     converted.load_state_dict(optimizer.state_dict())
     direction = "from float32 to 8 bits" if to == 8 else "from 8 bits to float32"
     assert direction in caplog.text
@@ -123,7 +123,7 @@ def test_rows_and_columns_convert_between_precisions(to, caplog):
 
 def test_a_state_of_other_rows_is_refused():
     params = lora()
-    optimizer = Automagic_CameAMP(params.items(), lr=1e-4)
+    optimizer = Automagic_CameAMP(params.items(), lr=1e-4, backend="eager")
     train(optimizer, params, 1, 1)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["exp_avg_sq_row"] = torch.zeros(17)
@@ -138,7 +138,7 @@ def test_rounding_to_the_nearest_when_errors_are_not_corrected():
     for correction in (True, False):
         p = nn.Parameter(torch.zeros(32, 512))
         options = {"min_8bit_size": 0, "error_correction": correction, "lr": 1e-4}
-        options |= {"use_lr_mask": False, "use_orthogonal_grad": False}
+        options |= {"use_lr_mask": False, "use_orthogonal_grad": False, "backend": "eager"}
         optimizer = Automagic_CameAMP8bit([p], **options)
         expected = torch.zeros(512)
         for step in range(120):
@@ -192,7 +192,7 @@ def test_the_multiplier_acts_on_the_step():
     for told in (False, True):
         params = lora()
         off = {"use_lr_mask": False, "weight_decay": 0.0, "use_spd": False}
-        optimizer = Automagic_CameAMP_COptim(params.items(), lr=1e-4, **off)
+        optimizer = Automagic_CameAMP_COptim(params.items(), lr=1e-4, backend="eager", **off)
         for number in range(1, 13):
             if told:
                 optimizer.update_context(1.0 * 0.9**number)
@@ -209,7 +209,7 @@ def test_the_multiplier_acts_on_the_step():
 
 def test_the_loss_comes_by_the_closure_too():
     params = lora()
-    optimizer = Automagic_CameAMP_COptim(params.items(), lr=1e-4)
+    optimizer = Automagic_CameAMP_COptim(params.items(), lr=1e-4, backend="eager")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -243,7 +243,7 @@ def test_a_loss_that_is_not_finite_is_passed_over_with_its_step():
 
 def test_a_copy_goes_its_own_way():
     params = {name: nn.Parameter(p) for name, p in drawn(0, 0.1).items()}
-    optimizer = Automagic_CameAMP_COptim(params.items(), lr=1e-4)
+    optimizer = Automagic_CameAMP_COptim(params.items(), lr=1e-4, backend="eager")
     train(optimizer, params, 1, 2)
     twin = copy.deepcopy(optimizer)
     optimizer.update_context(1.0)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from library.training.log import hush_imports
 from utils.packages import missing_package
 
+from .processes import begin_imports, clients_beside
+
 if TYPE_CHECKING:
     from .server import Certificates
     from .settings import Settings
@@ -127,6 +129,8 @@ def quiet_libraries() -> None:
 
 def run(options: argparse.Namespace) -> int:
     """What the command line asks for."""
+    if options.role == "all":
+        begin_imports()
     check_packages()
     quiet_libraries()
     from .settings import DEFAULT_CONFIG, Settings
@@ -152,8 +156,6 @@ def run(options: argparse.Namespace) -> int:
         with server:
             journal = server.run()
     else:
-        from .processes import clients_beside
-
         forwarded = [f"--{name}={value}" for name, value in given.items() if value is not None]
         forwarded += [f"--config={config.resolve()}", f"--patience={options.patience}"]
         if options.tls_ca:

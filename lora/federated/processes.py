@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from multiprocessing import forkserver
+from typing import TYPE_CHECKING
 
-from .server import FederatedServer
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
-ROOT = Path(__file__).resolve().parents[2]
+    from .server import FederatedServer
+
 GOODBYE = 20.0  # seconds for a client to end by itself
+
+# A client takes longest to import what it needs. Where a process may safely be forked behind its
+# imports, one imports for all of them; elsewhere each does so for itself.
+_FORKS = sys.platform == "linux"
+_CONTEXT: ForkServerContext | SpawnContext = (
+    multiprocessing.get_context("forkserver") if _FORKS else multiprocessing.get_context("spawn")
+)
+
+
+def begin_imports() -> None:
+    """Start the process that clients are forked from: it imports while the caller does."""
+    if _FORKS:
+        _CONTEXT.set_forkserver_preload(["lora.federated.preload"])
+        forkserver.ensure_running()
 
 
 @contextmanager
@@ -25,21 +43,30 @@ def clients_beside(server: FederatedServer, options: Sequence[str]) -> Iterator[
     """
     number = server.settings.clients
     threads = max(1, (os.cpu_count() or 1) // number)
-    # Flower and PyTorch count threads of their own; what the user has set counts first.
-    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
-    address = server.address
-    command = [sys.executable, "-m", "lora.federated", "client", f"--address={address}", *options]
+    words = ["client", f"--address={server.address}", *options]
     running = [
-        subprocess.Popen([*command, f"--number={k}"], cwd=ROOT, env=environment)
+        _CONTEXT.Process(target=_client, args=([*words, f"--number={k}"], threads))
         for k in range(number)
     ]
+    for process in running:
+        process.start()
     try:
         yield
         for process in running:
-            process.wait(GOODBYE)
-    except subprocess.TimeoutExpired:
-        pass  # ended below, as after an error
+            process.join(GOODBYE)
     finally:
         for process in running:
             process.kill()
-            process.wait()
+            process.join()
+
+
+def _client(words: Sequence[str], threads: int) -> None:
+    """A client's process; Ctrl-C in the terminal, which all hear, is the server's matter."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    from .__main__ import main
+
+    if "OMP_NUM_THREADS" not in os.environ:  # what the user has set counts first
+        torch.set_num_threads(threads)
+    sys.exit(main(words))
