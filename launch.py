@@ -53,8 +53,9 @@ def test(rest: "list[str]") -> int:
         return 1
     if rest:
         return run("-m", "pytest", *rest)
-    # Most of a test's time goes into starting a process: several at a time, as many as have cores.
-    tests = ("pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
+    # Several at a time; one more than have cores, because some wait for processes and for clocks.
+    workers = str(min(4, (os.cpu_count() or 1) + 1))
+    tests = ("pytest", "-n", workers, "--dist", "worksteal")
     checks = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), tests)
     codes = []
     for check in checks:

@@ -181,6 +181,14 @@ def test_a_constant_gradient_has_no_edges(shape: tuple[int, ...]) -> None:
     assert torch.equal(EdgeSuppression().apply(stack), stack)
 
 
+def test_edges_of_a_gradient_do_not_depend_on_its_size() -> None:
+    stack = torch.randn(2, 9, 100, generator=torch.Generator().manual_seed(0))
+    changed = EdgeSuppression().apply(stack)
+    assert not torch.equal(changed, stack)
+    for size in (2.0**-80, 2.0**80):
+        assert torch.equal(EdgeSuppression().apply(stack * size), changed * size)
+
+
 @pytest.mark.parametrize("length", [8, 9, 100, 101])
 def test_a_quarter_cycle_per_element_is_the_highest_frequency_that_is_kept(length: int) -> None:
     place = torch.arange(length, dtype=torch.float64)

@@ -52,7 +52,8 @@ class RegularizationStrategy:
 
 @dataclass(frozen=True)
 class EdgeSuppression(RegularizationStrategy):
-    """g ← (1 − p)·g where |L| > t·max|L|, with L the five-point Laplacian of g.
+    """g ← (1 − p)·g where |L| > t·max|L|, with L the five-point Laplacian of g. What rounding
+    leaves of L where g is even is no edge.
 
     Source: spec page 1, §5; the Laplacian is the standard second difference.
 
@@ -66,8 +67,12 @@ class EdgeSuppression(RegularizationStrategy):
     penalty: float = 0.1
 
     def apply(self, grad: Tensor, **context: Any) -> Tensor:
+        axes = _tensor_axes(grad)
         steepness = _laplacian(grad).abs_()
-        edges = steepness.gt_(self.threshold * steepness.amax(_tensor_axes(grad), keepdim=True))
+        limit = self.threshold * steepness.amax(axes, keepdim=True)
+        largest = torch.linalg.vector_norm(grad, math.inf, axes, keepdim=True)
+        rounding = 8 * torch.finfo(grad.dtype).eps * largest  # of the four additions of L
+        edges = steepness.gt_(torch.maximum(limit, rounding))
         return torch.addcmul(grad, grad, edges, value=-self.penalty)
 
 
