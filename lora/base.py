@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +51,7 @@ class LoRAWrapper(nn.Module):
         self._peft: list[Any] = []  # in a list, so that its tensors are not counted twice
         self._merged = False
         self._was_trainable: set[str] = set()
-        self.train(host.training)
+        self._while_enabled: set[str] | None = None  # what trained before LoRA was disabled
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,6 +60,18 @@ class LoRAWrapper(nn.Module):
             if name == "host":  # not there yet: the error is this one
                 raise
             return getattr(self.host, name)
+
+    # The host's own calls (`train_step`, `evaluate`) change modes: there is only the host's.
+    @property
+    def training(self) -> bool:
+        """As of any module."""
+        host = self.__dict__.get("_modules", {}).get("host")
+        return True if host is None else host.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "host" in self.__dict__.get("_modules", {}):
+            self.host.training = mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's."""
@@ -84,6 +98,17 @@ class LoRAWrapper(nn.Module):
             )
         return self._peft[0]
 
+    @property
+    def made_with(self) -> LoRAConfig:
+        """The configuration as it was when LoRA was applied; of a later change to `lora_config`
+        only `save_only_trainable` acts.
+
+        Raises:
+            LoRAError: no LoRA layers yet, or no more.
+        """
+        self.peft_model()
+        return self._made_with
+
     def _add_layers(
         self, targets: Sequence[str], whole: Sequence[str], unused: Sequence[str]
     ) -> None:
@@ -98,12 +123,9 @@ class LoRAWrapper(nn.Module):
         """
         if self._merged or self._peft:
             raise LoRAError("LoRA was applied to this host already; once is enough.")
-        config, host = self.lora_config, self.host
-        config.check()
+        config, host = replace(self.lora_config), self.host
         training = host.training
-        self._was_trainable = {
-            name for name, tensor in host.named_parameters() if tensor.requires_grad
-        }
+        self._was_trainable = self._trainable()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             made = peft.get_peft_model(
@@ -119,13 +141,16 @@ class LoRAWrapper(nn.Module):
                 ),
                 ADAPTER,
             )
-        self.targets, self._peft = list(targets), [made]
+        self.targets, self._peft, self._made_with = list(targets), [made], config
         for name, tensor in host.named_parameters():
             original = ORIGINAL in name or name.startswith(tuple(unused))
             if original or (config.freeze_a and _half_of(name) == "lora_A"):
                 tensor.requires_grad_(False)
-        self._trained = {name for name, tensor in host.named_parameters() if tensor.requires_grad}
+        self._trained = self._trainable()
         host.train(training)  # PEFT's new layers come in training mode
+
+    def _trainable(self) -> set[str]:
+        return {name for name, tensor in self.host.named_parameters() if tensor.requires_grad}
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """All that is not the untouched host's, by the names PEFT's files have: LoRA's halves,
@@ -163,10 +188,10 @@ class LoRAWrapper(nn.Module):
         return dict(zip(self._travelling(), self.get_parameters(), strict=True))
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and values of all that does not travel, and over LoRA's scale.
+        """SHA-256 over names and values of all that does not travel, and over `meaning`.
 
         Two machines whose adapters would not mean the same have different ones: other base weights,
-        another `lora_alpha`, or other frozen halves.
+        another architecture or `lora_alpha`, or other frozen halves.
         """
         travelling = {id(tensor) for tensor in self._travelling().values()}
         kept = {
@@ -174,7 +199,11 @@ class LoRAWrapper(nn.Module):
             for name, tensor in [*self.host.named_parameters(), *self.host.named_buffers()]
             if id(tensor) not in travelling
         }
-        return _digest(kept, str(self.lora_config.lora_alpha / self.lora_config.r))
+        return _digest(kept, json.dumps(self.meaning(), sort_keys=True))
+
+    def meaning(self) -> dict[str, Any]:
+        """What no tensor tells, but changes what an adapter does."""
+        return {"scale": self.made_with.lora_alpha / self.made_with.r}
 
     def base_digest(self, prefix: str) -> str:
         """SHA-256 over the weights that the host had before LoRA below `prefix`, by their names
@@ -189,17 +218,20 @@ class LoRAWrapper(nn.Module):
 
     def count_parameters(self) -> tuple[int, int]:
         """How many are trained, and how many the host has without LoRA."""
-        added = sum(tensor.numel() for tensor in self.adapter_tensors().values())
-        biases = sum(t.numel() for n, t in self.adapter_tensors().items() if ".base_layer." in n)
-        everything = sum(tensor.numel() for tensor in self.host.parameters())
-        trained = (t for n, t in self.host.named_parameters() if n in self._trained)
-        return sum(tensor.numel() for tensor in trained), everything - added + biases
+        self.peft_model()
+        sizes = {name: tensor.numel() for name, tensor in self.host.named_parameters()}
+        trained = sum(size for name, size in sizes.items() if name in self._trained)
+        own = sum(size for name, size in sizes.items() if not (_half_of(name) or WHOLE in name))
+        return trained, own
 
     def enable_lora_layers(self) -> None:
-        """Undo `disable_lora_layers`."""
-        self.peft_model().base_model.enable_adapter_layers()
+        """Undo `disable_lora_layers`; what trained before it does again, and nothing else."""
+        made = self.peft_model()
+        trains = self._trainable() if self._while_enabled is None else self._while_enabled
+        self._while_enabled = None
+        made.base_model.enable_adapter_layers()  # unfreezes what was frozen, too
         for name, tensor in self.host.named_parameters():
-            tensor.requires_grad_(name in self._trained)  # PEFT unfreezes a frozen A
+            tensor.requires_grad_(name in trains)
 
     def disable_lora_layers(self) -> None:
         """Answer as the host did before LoRA, its untrained head included, until enabled again.
@@ -208,11 +240,13 @@ class LoRAWrapper(nn.Module):
             ValueError: `bias` is not `none`: the host's own biases were trained.
         """
         made = self.peft_model()
-        if self.lora_config.bias != "none":
+        if self.made_with.bias != "none":
             raise ValueError(
-                f"bias='{self.lora_config.bias}' trains the host's own biases, whose first values "
+                f"bias='{self.made_with.bias}' trains the host's own biases, whose first values "
                 "are gone: LoRA can be disabled only with bias='none'."
             )
+        if self._while_enabled is None:
+            self._while_enabled = self._trainable()
         made.base_model.disable_adapter_layers()
 
     def merge_and_unload(self) -> nn.Module:

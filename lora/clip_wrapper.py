@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -35,13 +36,15 @@ class CLIPLoRAWrapper(LoRAWrapper):
     and would stay random, is trained whole: it travels and is saved too, beside LoRA's tensors.
 
     Args:
-        federated_clip_model: the host; LoRA's layers go into it.
+        federated_clip_model: the host; LoRA's layers go into it. A head that is frozen
+            (`requires_grad_(False)`) stays so and does not travel: then LoRA alone does.
         lora_config: `LoRAConfig.for_clip_model()` by default. Its `target_modules` replace the
             choice above: whole names, or ends of names in the vision tower and behind it.
         target_components: some of `encoder`, `classifier`.
 
     Raises:
-        ValueError: an unknown component, or `target_modules` that the host does not have.
+        ValueError: an unknown component, `target_modules` that the host does not have or that come
+            beside `target_components`, or a host of another class.
         LoRAError: the host has LoRA layers already.
     """
 
@@ -53,10 +56,9 @@ class CLIPLoRAWrapper(LoRAWrapper):
         lora_config: LoRAConfig | None = None,
         target_components: Iterable[str] = ("encoder",),
     ) -> None:
-        if EXCHANGE[0] in vars(federated_clip_model):
-            raise LoRAError("The host has LoRA layers already: merge them, or take another host.")
+        _check_host(federated_clip_model)
         super().__init__(federated_clip_model, lora_config or LoRAConfig.for_clip_model())
-        self.target_components = _components(target_components)
+        self.target_components = components_of(target_components)
         self._find_targets()  # what the host does not have is refused now
 
     def apply_lora_to_federated_model(self) -> None:
@@ -68,8 +70,11 @@ class CLIPLoRAWrapper(LoRAWrapper):
         Raises:
             LoRAError: it has them already.
         """
+        if not self.applied:
+            _check_host(self.host)
         targets = self._find_targets()
-        self._add_layers(targets, [] if HEAD in targets else [HEAD], TEXT)
+        trains = any(tensor.requires_grad for tensor in self.host.classifier.parameters())
+        self._add_layers(targets, [HEAD] if trains and HEAD not in targets else [], TEXT)
         for name in EXCHANGE:
             self.host.__dict__[name] = getattr(self, name)
 
@@ -80,14 +85,17 @@ class CLIPLoRAWrapper(LoRAWrapper):
             del self.host.__dict__[name]
         return self.host
 
+    def meaning(self) -> dict[str, Any]:
+        """See `LoRAWrapper.meaning`: with the host's architecture."""
+        normalizes = self.host.normalize_features
+        return super().meaning() | self.host.architecture() | {"normalize_features": normalizes}
+
     def enable_gradient_checkpointing(self) -> None:
         """Keep no activations within the layers of the tower: less memory for a second forward."""
-        self.peft_model()
         self.host.clip.gradient_checkpointing_enable({"use_reentrant": False})
 
     def disable_gradient_checkpointing(self) -> None:
         """Undo `enable_gradient_checkpointing`."""
-        self.peft_model()
         self.host.clip.gradient_checkpointing_disable()
 
     def _find_targets(self) -> list[str]:
@@ -109,8 +117,33 @@ class CLIPLoRAWrapper(LoRAWrapper):
         return [name for component in self.target_components for name in found[component]]
 
 
-def _components(given: Iterable[str]) -> tuple[str, ...]:
-    """Checked, and in an order of their own."""
+def _check_host(host: object) -> None:
+    """
+    Raises:
+        ValueError: it is no FederatedCLIPModel; LoRAError: it has LoRA layers.
+    """
+    if isinstance(host, LoRAWrapper):
+        raise LoRAError(
+            "The host is itself a wrapper with LoRA: take the model in it (its `host`), which has "
+            "to be merged first if LoRA was applied."
+        )
+    if not isinstance(host, FederatedCLIPModel):
+        raise ValueError(f"LoRA here needs a FederatedCLIPModel; this is a {type(host).__name__}.")
+    if EXCHANGE[0] in vars(host):
+        raise LoRAError("The host has LoRA layers already: merge them, or take another host.")
+
+
+def components_of(given: Iterable[str]) -> tuple[str, ...]:
+    """Checked, and in an order of their own.
+
+    Raises:
+        ValueError: none, or an unknown one.
+    """
+    if not isinstance(given, str | list | tuple | set):
+        raise ValueError(
+            f"target_components={given!r} is not possible; it must be a list of some of "
+            f"{', '.join(COMPONENTS)}."
+        )
     names = (given,) if isinstance(given, str) else tuple(given)
     for name in names:
         if name not in COMPONENTS:

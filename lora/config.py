@@ -39,7 +39,10 @@ RULES: dict[str, Rule] = {
     "bias": one_of("none", "all", "lora_only"),
     "save_only_trainable": flag(),
     "freeze_a": flag(),
-    "seed": whole_number(0),
+    "seed": Rule(
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63,
+        "an integer from 0 to 2**63 - 1",
+    ),
 }
 
 
@@ -136,13 +139,16 @@ class LoRAConfig:
         if not path.is_file():
             raise UserError(f"There is no LoRA configuration {path}.")
         values = _read(path, as_yaml)
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise UserError(f"{path} has to hold names and values, such as r: 16.")
         return cls.of_dict(values, str(path))
 
 
 def _read(path: Path, as_yaml: bool) -> Any:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: {error}") from error
     if not as_yaml:
         try:
             return json.loads(text)

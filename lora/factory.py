@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from library.optim.spelling import did_you_mean
 from library.training.errors import UserError
 from library.training.files import recover_folder, write_folder_atomically
-from lora.base import ADAPTER
+from lora.base import ADAPTER, PREFIX
 from lora.clip_wrapper import HEAD, CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from models.clip import DEFAULT_MODEL, FederatedCLIPModel
-from models.parameters import load_arrays, refuse_nonfinite
+from models.parameters import as_arrays, load_arrays, refuse_nonfinite
 
 PRESETS = {"small": (8, 16), "medium": (16, 32), "large": (32, 64)}  # rank and alpha
 WEIGHTS = "adapter_model.safetensors"  # PEFT's name, as is adapter_config.json
@@ -29,7 +29,8 @@ INFO = "lora_info.json"
 _REMEDIES = {
     "architecture": "load the base model that the file was trained on",
     "base_weights": "load the base model that the file was trained on",
-    "head_weights": "LoRA on the head goes only with the head it was trained on",
+    "head_weights": "an adapter that leaves the head as it is goes only with that head",
+    "dtype": "turn the host into the file's type, as with model.float()",
     "num_classes": "build the host with as many classes",
     "normalize_features": "build the host with the file's normalize_features",
     "r": "make the wrapper with the file's r",
@@ -86,10 +87,10 @@ class LoRAConfigManager:
         """
         file = self._file(name)
         if not file.is_file():
-            raise _unknown("configuration", name, self.directory, self.list_configs())
+            raise _unknown("configuration", name, self.directory, self.list())
         return LoRAConfig.load(file)
 
-    def list_configs(self) -> list[str]:
+    def list(self) -> Sequence[str]:
         """Names, sorted."""
         return sorted(file.stem for file in self.directory.glob("[!.]*.json"))
 
@@ -110,9 +111,11 @@ class LoRAModelManager:
 
         Raises:
             LoRAError: LoRA is not applied; ValueError: a tensor holds NaN or infinity (nothing is
-                written then); UserError: an impossible name.
+                written then); UserError: an impossible name, or that of something else.
         """
         folder = self.directory / _checked(name)
+        if folder.exists() and not (folder / INFO).is_file():
+            raise UserError(f"{folder} is there already and is no LoRA model; take another name.")
         tensors = {
             key: tensor.detach().cpu().contiguous()
             for key, tensor in wrapper.adapter_tensors().items()
@@ -144,18 +147,20 @@ class LoRAModelManager:
         ]
         if any(info.get(key) != here[key] for key in ("num_classes", "targets")):
             problems = [one for one in problems if not one.startswith("head_weights")]
+        if info.get("dtype") != here["dtype"]:  # bytes differ then, and tell nothing
+            problems = [one for one in problems if not one.startswith(("base", "head"))]
         if problems:
             raise UserError(f"The LoRA '{name}' does not fit: {'; '.join(problems)}.", problems)
         file = self.directory / name / WEIGHTS
         try:
-            arrays = load_file(file)
+            found = load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read: {error}. Save the model anew.") from error
         tensors = wrapper.adapter_tensors()
-        if arrays.keys() != tensors.keys():
-            odd = ", ".join(sorted(arrays.keys() ^ tensors.keys())[:3])
+        if found.keys() != tensors.keys():
+            odd = ", ".join(sorted(found.keys() ^ tensors.keys())[:3])
             raise UserError(f"{file} does not hold this adapter's tensors; they differ in {odd}.")
-        load_arrays(tensors, [arrays[key] for key in tensors])
+        load_arrays(tensors, as_arrays({key: found[key] for key in tensors}))
         return wrapper
 
     def get_model_info(self, name: str) -> dict[str, Any]:
@@ -173,11 +178,11 @@ class LoRAModelManager:
             raise UserError(f"{folder / INFO} does not hold names and values.")
         return info
 
-    def list_models(self) -> list[str]:
+    def list(self) -> Sequence[str]:
         """Names, sorted."""
         return sorted(file.parent.name for file in self.directory.glob(f"[!.]*/{INFO}"))
 
-    def delete_model(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """
         Raises:
             UserError: none of that name.
@@ -189,27 +194,23 @@ class LoRAModelManager:
         if self.directory.is_dir():
             recover_folder(folder)
         if not (folder / INFO).is_file():
-            raise _unknown("LoRA model", name, self.directory, self.list_models())
+            raise _unknown("LoRA model", name, self.directory, self.list())
         return folder
 
 
 def _describe(wrapper: CLIPLoRAWrapper) -> dict[str, Any]:
     """What `lora_info.json` holds of it."""
-    host, config = wrapper.host, wrapper.lora_config
-    vision: Any = host.clip.config.vision_config
+    host, config = wrapper.host, wrapper.made_with
+    head = f"{PREFIX}{HEAD}.weight"
     trainable, total = wrapper.count_parameters()
     return {
         "base_model": host.name_or_path,
         "base_weights": wrapper.base_digest("clip."),
-        "head_weights": wrapper.base_digest("classifier.") if HEAD in wrapper.targets else None,
-        "architecture": {
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_hidden_layers": vision.num_hidden_layers,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "projection_dim": host.clip.config.projection_dim,
-        },
+        "head_weights": None
+        if head in wrapper.adapter_tensors()
+        else wrapper.base_digest("classifier."),
+        "architecture": host.architecture(),
+        "dtype": str(next(host.parameters()).dtype).removeprefix("torch."),
         "num_classes": host.num_classes,
         "normalize_features": host.normalize_features,
         "r": config.r,
@@ -249,6 +250,6 @@ def _checked(name: str) -> str:
     return name
 
 
-def _unknown(kind: str, name: str, directory: Path, known: list[str]) -> UserError:
+def _unknown(kind: str, name: str, directory: Path, known: Sequence[str]) -> UserError:
     there = f"There are: {', '.join(known)}." if known else "There are none."
     return UserError(f"No {kind} '{name}' in {directory}.{did_you_mean(name, known)} {there}")

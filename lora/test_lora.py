@@ -39,7 +39,7 @@ def check_config_management() -> str:
             _expect(manager.load_config(name) == manager.preset(name), f"{name} came back changed")
         LoRAConfig.for_clip_model(r=8).save(Path(folder) / "one.yaml")
         _expect(LoRAConfig.load(Path(folder) / "one.yaml").r == 8, "YAML came back changed")
-        return f"saved and loaded {', '.join(manager.list_configs())}, and YAML"
+        return f"saved and loaded {', '.join(manager.list())}, and YAML"
 
 
 def check_wrapper_creation() -> str:

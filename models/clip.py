@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from library.optim.arguments import Rule, check_values, flag, plain, whole_number
 from library.training.errors import UserError
-from models.parameters import as_arrays, load_arrays
+from models.parameters import as_arrays, load_arrays, refuse_nonfinite
 from utils.packages import missing_package
 
 try:
@@ -23,6 +25,22 @@ except ModuleNotFoundError as error:
 HEAD_SEED = 0
 EVALUATION_BATCH = 256  # images
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
+VISION = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+RULES: dict[str, Rule] = {
+    "model_name": Rule(lambda v: isinstance(v, str) and v != "", "a name or a folder"),
+    "num_classes": whole_number(1),
+    "normalize_features": flag(),
+    "freeze_vision_encoder": flag(),
+}
 
 Named = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Named], torch.optim.Optimizer]
@@ -52,6 +70,7 @@ class FederatedCLIPModel(nn.Module):
 
     Raises:
         UserError: the model cannot be loaded; says what to do.
+        ValueError: an impossible argument.
     """
 
     clip: CLIPModel
@@ -65,6 +84,7 @@ class FederatedCLIPModel(nn.Module):
         freeze_vision_encoder: bool = False,
     ) -> None:
         super().__init__()
+        check_model_arguments(locals())
         clip = _load(model_name)
         self._set_up(clip, model_name, num_classes, normalize_features, freeze_vision_encoder)
 
@@ -80,6 +100,7 @@ class FederatedCLIPModel(nn.Module):
 
         `with torch.device("meta")` it takes no memory, and counts parameters.
         """
+        check_model_arguments(locals())
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._set_up(CLIPModel(config), "", num_classes, normalize_features, freeze_vision_encoder)
@@ -88,8 +109,6 @@ class FederatedCLIPModel(nn.Module):
     def _set_up(
         self, clip: CLIPModel, name: str, classes: int, normalize: bool, freeze: bool
     ) -> None:
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-            raise ValueError(f"num_classes={classes!r} is not possible; it must be an integer >= 1")
         self.name_or_path = name  # where PEFT looks for the base model's name
         self.num_classes = classes
         self.normalize_features = normalize
@@ -106,6 +125,12 @@ class FederatedCLIPModel(nn.Module):
     def image_size(self) -> int:
         """Height and width of the images, in pixels."""
         return int(self.clip.vision_model.embeddings.image_size)
+
+    def architecture(self) -> dict[str, Any]:
+        """Sizes and choices of the part of CLIP that is run, which no weight tells."""
+        vision: Any = self.clip.config.vision_config
+        found = {name: getattr(vision, name) for name in VISION}
+        return found | {"projection_dim": self.clip.config.projection_dim}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, 3, S, S] with CLIP's normalisation."""
@@ -163,8 +188,10 @@ class FederatedCLIPModel(nn.Module):
             raise ValueError(f"cannot evaluate {len(data)} images with {len(labels)} labels")
         was_training = self.training
         self.eval()
-        logits = torch.cat([self(self._moved(part)) for part in data.split(EVALUATION_BATCH)])
-        self.train(was_training)
+        try:
+            logits = torch.cat([self(self._moved(part)) for part in data.split(EVALUATION_BATCH)])
+        finally:
+            self.train(was_training)
         labels = self._moved(labels)
         return {
             "loss": F.cross_entropy(logits, labels).item(),
@@ -191,6 +218,14 @@ def _same(one: Named, other: Named) -> bool:
     return [(name, id(tensor)) for name, tensor in one] == [(n, id(t)) for n, t in other]
 
 
+def check_model_arguments(given: Mapping[str, Any], owner: str = "FederatedCLIPModel") -> None:
+    """
+    Raises:
+        ValueError: an impossible value; names it and what is allowed.
+    """
+    check_values(RULES, {name: plain(given[name]) for name in RULES if name in given}, owner)
+
+
 def _load(name: str) -> CLIPModel:
     """Weights in float32, whatever the file has.
 
@@ -207,7 +242,7 @@ def _load(name: str) -> CLIPModel:
         if kind != "clip":
             raise UserError(f"The model '{name}' is of type {kind!r}, not of type 'clip'. {advice}")
         loaded: Any = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "The folder" if Path(name).is_dir() else "The model"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{where} '{name}' cannot be loaded: {reason}\n{advice}") from error
@@ -217,4 +252,8 @@ def _load(name: str) -> CLIPModel:
         raise UserError(
             f"The weights of '{name}' lack {len(report['missing_keys'])} of CLIP's tensors: {some}."
         )
+    try:
+        refuse_nonfinite(dict(model.named_parameters()))
+    except ValueError as error:
+        raise UserError(f"The weights of '{name}' are broken: {error}.") from error
     return model

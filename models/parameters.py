@@ -11,7 +11,7 @@ from torch import Tensor
 
 def as_arrays(named: Mapping[str, Tensor]) -> list[np.ndarray]:
     """The values, in order, copied: what the caller does to them leaves the model alone."""
-    return [tensor.detach().cpu().numpy().copy() for tensor in named.values()]
+    return [_widened(tensor.detach()).cpu().numpy().copy() for tensor in named.values()]
 
 
 def load_arrays(named: Mapping[str, Tensor], arrays: Sequence[np.ndarray]) -> None:
@@ -32,6 +32,11 @@ def load_arrays(named: Mapping[str, Tensor], arrays: Sequence[np.ndarray]) -> No
             tensor.copy_(value)
 
 
+def _widened(tensor: Tensor) -> Tensor:
+    """NumPy has no bfloat16."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
 def refuse_nonfinite(named: Mapping[str, Tensor]) -> None:
     """
     Raises:
@@ -49,6 +54,7 @@ def _checked(name: str, tensor: Tensor, array: np.ndarray) -> Tensor:
         raise ValueError(f"'{name}' has the shape {tuple(tensor.shape)}, got {array.shape}")
     if array.dtype.kind not in "fiu":
         raise ValueError(f"'{name}' takes numbers, got an array of {array.dtype}")
-    value = torch.from_numpy(np.array(array))  # a copy: what came over the wire is read-only
+    # A copy: what came over the wire is read-only. What overflows the tensor's type is infinite.
+    value = torch.from_numpy(np.array(array)).to(tensor.dtype)
     refuse_nonfinite({name: value})
     return value

@@ -129,6 +129,18 @@ def test_weights_that_lack_tensors_are_refused(tmp_path):
         FederatedCLIPModel(str(tmp_path))
 
 
+def test_broken_weights_are_refused(tmp_path):
+    model = CLIPModel(clip_config())
+    model.visual_projection.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"broken: 'visual_projection\.weight' holds 1 values"):
+        FederatedCLIPModel(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])  # a download that was interrupted
+    with pytest.raises(UserError, match=r"cannot be loaded(.|\n)*model_name is"):
+        FederatedCLIPModel(str(tmp_path))
+
+
 @pytest.mark.parametrize("classes", [0, True, 2.5])
 def test_an_impossible_number_of_classes(classes):
     with pytest.raises(ValueError, match="num_classes"):

@@ -220,7 +220,7 @@ def test_impossible_settings_are_named(given, told):
 
 
 def test_files_that_are_none_are_named(tmp_path, capsys):
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="no configuration"):
         Settings.of_file(tmp_path / "none.yaml")
     (tmp_path / "a.yaml").write_text("federated: {clinets: 3}\nmodel: {type: clip_lora}")
     with pytest.raises(ValueError, match=r"(?i)clinets.*did you mean 'clients'"):

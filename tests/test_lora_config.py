@@ -63,13 +63,13 @@ def test_files_that_are_none(tmp_path, name, text, message):
 
 def test_the_manager_keeps_presets_by_name(tmp_path):
     manager = LoRAConfigManager(tmp_path / "configs")
-    assert manager.list_configs() == []
+    assert manager.list() == []
     for name, r, alpha in [("small", 8, 16), ("medium", 16, 32), ("large", 32, 64)]:
         preset = manager.preset(name)
         assert (preset.r, preset.lora_alpha) == (r, alpha)
         manager.save_config(preset, name)
         assert manager.load_config(name) == preset
-    assert manager.list_configs() == ["large", "medium", "small"]
+    assert manager.list() == ["large", "medium", "small"]
     with pytest.raises(UserError, match="Did you mean 'small'"):
         manager.load_config("smal")
     with pytest.raises(ValueError, match="Did you mean 'medium'"):

@@ -56,9 +56,9 @@ def test_an_adapter_comes_back(manager, components, config):
     assert (info["r"], info["lora_alpha"], info["num_classes"]) == (4, 8, 4)
     assert info["target_components"] == list(components)
     assert info["trainable_parameters"] == one.count_parameters()[0]
-    assert manager.list_models() == ["mine"]
-    manager.delete_model("mine")
-    assert manager.list_models() == []
+    assert manager.list() == ["mine"]
+    manager.delete("mine")
+    assert manager.list() == []
 
 
 def test_peft_reads_the_folder(manager):
@@ -78,23 +78,59 @@ def test_peft_reads_the_folder(manager):
         ({"target_modules": ["q_proj"]}, "targets is"),
         ({"normalize_features": False}, "normalize_features is True in the file and False"),
         ({"bias": "lora_only"}, "bias is 'none' in the file and 'lora_only'"),
+        (
+            {"vision": {"hidden_act": "gelu"}},
+            "architecture .*'quick_gelu'.* file and .*'gelu'",
+        ),
+        ({"vision": {"num_attention_heads": 4}}, "architecture is"),
+        ({"dtype": torch.float64}, "dtype is 'float32' in the file and 'float64'.*model.float"),
     ],
 )
 def test_an_adapter_for_something_else_is_refused(manager, other, message):
     manager.save_model(trained(wrapped()), "mine")
     settings = dict(other)
+    dtype = settings.pop("dtype", torch.float32)
     seed = settings.pop("seed_of_base", 0)
     wrapper = (
         wrapped(**settings) if not seed else CLIPLoRAWrapper(host(seed), wrapped().lora_config)
     )
     if seed:
         wrapper.apply_lora_to_federated_model()
-    before = wrapper(batch()[0])
+    wrapper.to(dtype)
+    before = wrapper(batch()[0].to(dtype))
     with pytest.raises(UserError, match=message) as caught:
         manager.load_model("mine", wrapper)
     if "bias" not in other:  # trained biases are no longer the base's
         assert len(caught.value.problems) == 1
-    assert torch.equal(wrapper(batch()[0]), before)
+    assert torch.equal(wrapper(batch()[0].to(dtype)), before)
+
+
+def test_an_adapter_in_half_precision_comes_back(manager):
+    one = trained(wrapped())
+    one.to(torch.bfloat16)
+    manager.save_model(one, "mine")
+    other = manager.load_model("mine", wrapped().to(torch.bfloat16).eval())
+    images = batch()[0].bfloat16()
+    assert torch.equal(other(images), one(images))
+    other.set_parameters(one.get_parameters())  # bfloat16 goes over the wire as float32
+
+
+def test_a_folder_of_something_else_is_not_replaced(manager):
+    precious = manager.directory / "mine" / "thesis.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("text")
+    with pytest.raises(UserError, match=r"mine is there already and is no LoRA model"):
+        manager.save_model(wrapped(), "mine")
+    assert precious.read_text() == "text"
+    assert manager.list() == []
+
+
+def test_a_changed_configuration_does_not_reach_the_file(manager):
+    one = trained(wrapped())
+    one.lora_config.r = 16
+    manager.save_model(one, "mine")
+    assert manager.get_model_info("mine")["r"] == 4
+    manager.load_model("mine", wrapped())
 
 
 def test_nan_is_never_saved_and_the_earlier_file_stays(manager):
@@ -143,7 +179,7 @@ def test_names(manager):
     with pytest.raises(UserError, match="cannot be a name"):
         manager.save_model(wrapped(), "../mine")
     manager.save_model(wrapped(), "mine")
-    for call in (manager.get_model_info, manager.delete_model):
+    for call in (manager.get_model_info, manager.delete):
         with pytest.raises(UserError, match="Did you mean 'mine'"):
             call("mines")
         with pytest.raises(UserError, match="cannot be a name"):
@@ -180,13 +216,46 @@ def test_models_from_configurations(folder, tmp_path):
     [("model", "type", "clip_lroa", "Did you mean 'clip_lora'"),
      ("model", "num_clases", 3, "Did you mean 'num_classes'"),
      ("lora", "lora_alfa", 3, "Did you mean 'lora_alpha'"),
-     ("lora", "r", 0, "r=0 is not possible"), ("lora", "enabled", "no", "enabled='no'")],
+     ("lora", "r", 0, "r=0 is not possible"), ("lora", "enabled", "no", "enabled='no'"),
+     ("lora", "target_components", None, "target_components=None is not possible"),
+     ("lora", "target_components", {"encoder": False}, "target_components=.* must be a list"),
+     ("lora", "seed", 2**64, "seed="),
+     ("model", "normalize_features", "false", "normalize_features='false' is not possible"),
+     ("model", "freeze_vision_encoder", "no", "freeze_vision_encoder='no'"),
+     ("model", "num_classes", 0, "num_classes=0 is not possible"),
+     ("model", "model_name", None, "model_name=None is not possible; model_name must be a name"),
+     ("model", "model_name", "", "model_name='' is not possible")],
 )  # fmt: skip
 def test_what_a_configuration_cannot_hold(folder, section, key, value, message):
     given = sections(folder)
     given[section][key] = value
     with pytest.raises((UserError, ValueError), match=message):
         create_model(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lroa:\n  r: 4\n", "no section 'lroa'. Did you mean 'lora'"),
+        ("federatd:\n  dp_noise: 1.0\n", "no section 'federatd'. Did you mean 'federated'"),
+        ("lora:\n  on: 4\n", "True is no name"),
+        ("lora: 4\n", "has to consist of sections"),
+        ("lora: {\n", "is no YAML"),
+        ("\xff", "is no YAML"),
+    ],
+)
+def test_what_a_file_cannot_hold(tmp_path, text, message):
+    file = tmp_path / "one.yaml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
+        load_config(file)
+
+
+def test_numbers_and_sections_of_others_are_read(tmp_path):
+    file = tmp_path / "one.yaml"
+    file.write_text("lora: {lora_dropout: 1e-1}\nfederated: {learning_rate: 3E+2}\ndata: {}\n")
+    found = load_config(file)
+    assert (found.lora.lora_dropout, found.federated.learning_rate) == (0.1, 300.0)
 
 
 def test_the_shipped_configuration(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -80,6 +81,7 @@ assert loss > 0 and 0 <= metrics["accuracy"] <= 1
 from lora import LoRAConfig
 lora_config = LoRAConfig.for_clip_model(r=16)
 lora_config.save_only_trainable = True
+assert lora_config.check() is None
 """,
     "components": WRAP
     + f"""
@@ -119,7 +121,43 @@ assert config.model.type == "clip_lora" and config.lora.r == 16
 model = create_model(config)
 assert len(model.get_parameters()) == 24
 ''',
+    "factory of one's own": f"""
+from types import SimpleNamespace
+def create_model(config):
+    if config.model.type == "clip_lora":
+        from lora import quick_clip_lora
+        return quick_clip_lora(
+            model_name=config.model.model_name,
+            num_classes=config.model.num_classes,
+            lora_r=config.lora.r
+        )
+model = SimpleNamespace(type="clip_lora", model_name="{NAME}", num_classes=10)
+model = create_model(SimpleNamespace(model=model, lora=SimpleNamespace(r=16)))
+assert model.lora_config.r == 16
+""",
 }
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def own_blocks() -> str:
+    """The Python of the module's README as it is now, one block behind the other."""
+    blocks = PYTHON.findall((ROOT / "lora" / "README.md").read_text(encoding="utf-8"))
+    assert len(blocks) == 3
+    pictures = "import torch\ndata, labels = torch.randn(4, 3, 8, 8), torch.arange(4)\n"
+    return pictures + "\n".join(blocks)
+
+
+def test_the_translated_readme_has_the_same_blocks():
+    """But for their comments."""
+    texts = [
+        (ROOT / "lora" / name).read_text(encoding="utf-8")
+        for name in ("README.md", "README.zh-TW.md")
+    ]
+    found = [
+        [re.sub(r" *#.*", "", block) for block in re.findall(r"```.*?```", text, re.DOTALL)]
+        for text in texts
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +174,8 @@ def hub_cache(tmp_path_factory):
 
 def test_every_block_runs(hub_cache, tmp_path):
     """All in one process, each with names of its own: the imports take longest."""
-    code = "\n".join(f"print({name!r})\nexec({block!r}, {{}})" for name, block in BLOCKS.items())
+    blocks = BLOCKS | {"README": own_blocks()}
+    code = "\n".join(f"print({name!r})\nexec({block!r}, {{}})" for name, block in blocks.items())
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -147,6 +186,6 @@ def test_every_block_runs(hub_cache, tmp_path):
         timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert all(name in done.stdout for name in BLOCKS)
+    assert all(name in done.stdout for name in blocks)
     assert (tmp_path / "lora_configs" / "clip_large.json").is_file()
     assert (tmp_path / "lora_models" / "my_clip_lora_model").is_dir()

@@ -132,7 +132,9 @@ def test_fingerprints_tell_what_makes_adapters_mean_something_else():
     assert fingerprint() == fingerprint(seed=1)  # A travels
     assert fingerprint(freeze_a=True) != fingerprint(freeze_a=True, seed=1)
     assert fingerprint() != fingerprint(lora_alpha=8)
-    assert wrapped(seed=0).fingerprint() != wrapped().fingerprint()[::-1]
+    for change in ({"hidden_act": "gelu"}, {"num_attention_heads": 4}, {"layer_norm_eps": 1e-3}):
+        assert wrapped(vision=change).fingerprint() != wrapped().fingerprint(), change
+    assert wrapped(normalize_features=False).fingerprint() != wrapped().fingerprint()
     other = CLIPLoRAWrapper(host(seed=1), LoRAConfig())
     other.apply_lora_to_federated_model()
     assert fingerprint() != other.fingerprint()
@@ -171,7 +173,7 @@ def test_parameters_that_do_not_fit_change_nothing(bad):
 @pytest.mark.parametrize(
     "call",
     ["get_parameters", "adapter_state", "fingerprint", "disable_lora_layers",
-     "enable_lora_layers", "merge_and_unload", "enable_gradient_checkpointing"],
+     "enable_lora_layers", "merge_and_unload", "count_parameters"],
 )  # fmt: skip
 def test_before_it_is_applied(call):
     with pytest.raises(LoRAError, match="call apply_lora_to_federated_model"):
@@ -184,6 +186,82 @@ def test_applying_twice():
         wrapper.apply_lora_to_federated_model()
     with pytest.raises(LoRAError, match="has LoRA layers already"):
         CLIPLoRAWrapper(wrapper.host)
+    with pytest.raises(LoRAError, match="itself a wrapper"):
+        CLIPLoRAWrapper(wrapper)
+    with pytest.raises(ValueError, match="needs a FederatedCLIPModel; this is a CLIPModel"):
+        CLIPLoRAWrapper(wrapper.host.clip)
+    base = host()
+    one, other = CLIPLoRAWrapper(base), CLIPLoRAWrapper(base)
+    one.apply_lora_to_federated_model()
+    with pytest.raises(LoRAError, match="has LoRA layers already"):
+        other.apply_lora_to_federated_model()
+    answer = one(batch()[0])
+    again = CLIPLoRAWrapper(one.merge_and_unload())
+    again.apply_lora_to_federated_model()
+    torch.testing.assert_close(again(batch()[0]), answer, atol=1e-5, rtol=0)
+
+
+def test_a_configuration_that_is_changed_later_changes_nothing():
+    config = LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.0)
+    wrapper = CLIPLoRAWrapper(host(), config)
+    wrapper.apply_lora_to_federated_model()
+    fingerprint = wrapper.fingerprint()
+    config.r, config.lora_alpha, config.bias = 8, 64, "all"
+    assert wrapper.fingerprint() == fingerprint == wrapped().fingerprint()
+    assert (wrapper.made_with.r, wrapper.made_with.lora_alpha) == (4, 8)
+    wrapper.disable_lora_layers()  # bias is none here
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_frozen_head_stays_and_lora_alone_travels(before):
+    base = host()
+    head = base.classifier.weight.clone()
+    if before:
+        base.classifier.requires_grad_(False)
+    wrapper = CLIPLoRAWrapper(base, LoRAConfig(lora_dropout=0.0))
+    wrapper.apply_lora_to_federated_model()
+    if not before:
+        wrapper.host.classifier.requires_grad_(False)
+        wrapper.disable_lora_layers()
+        wrapper.disable_lora_layers()  # twice is as once
+        wrapper.enable_lora_layers()
+    trained(wrapper)
+    if before:
+        assert all(".lora_" in name for name in wrapper.adapter_state())
+    merged = wrapper.merge_and_unload()
+    assert torch.equal(merged.classifier.weight, head)
+    assert merged.classifier.weight.requires_grad != before
+
+
+@pytest.mark.parametrize("config", [{}, {"bias": "all"}, {"bias": "lora_only"}, {"freeze_a": True}])
+@pytest.mark.parametrize("components", [("encoder",), BOTH])
+def test_the_host_counts_as_without_lora(components, config):
+    own = sum(tensor.numel() for tensor in host().parameters())
+    wrapper = wrapped(components, **config)
+    assert wrapper.count_parameters()[1] == own
+    assert wrapper.count_parameters()[0] == sum(a.size for a in wrapper.get_parameters())
+
+
+def test_there_is_one_mode_of_training():
+    wrapper = wrapped(lora_dropout=0.5)
+    assert wrapper.eval().training is wrapper.host.training is False
+    wrapper.train_step(*batch())
+    assert wrapper.training is wrapper.host.training is True
+    wrapper.evaluate(*batch())
+    assert wrapper.training
+    with pytest.raises(RuntimeError):
+        wrapper.evaluate(batch()[0][:, :2], batch()[1])
+    assert wrapper.training, "an error leaves it as it was"
+    wrapper.eval()
+    assert torch.equal(wrapper(batch()[0]), wrapper.host(batch()[0]))
+
+
+def test_numbers_too_large_for_the_models_type_are_refused():
+    wrapper = wrapped()
+    wrong = [array.astype(np.float64) for array in wrapper.get_parameters()]
+    wrong[-1][0] = 1e300
+    with pytest.raises(ValueError, match=r"classifier\.bias.*infinite"):
+        wrapper.set_parameters(wrong)
 
 
 def test_targets_of_the_users_own(caplog):

@@ -13,7 +13,7 @@ from models.clip import FederatedCLIPModel
 CLASSES = 4
 
 
-def clip_config() -> CLIPConfig:
+def clip_config(**vision: object) -> CLIPConfig:
     layer = {
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -28,14 +28,19 @@ def clip_config() -> CLIPConfig:
             "eos_token_id": 1,
             "pad_token_id": 1,
         },
-        vision_config={**layer, "image_size": 8, "patch_size": 4},
+        vision_config={**layer, "image_size": 8, "patch_size": 4, **vision},
         projection_dim=8,
     )
 
 
-def host(seed: int = 0, num_classes: int = CLASSES, **rest: bool) -> FederatedCLIPModel:
+def host(
+    seed: int = 0,
+    num_classes: int = CLASSES,
+    vision: dict[str, object] | None = None,
+    **rest: bool,
+) -> FederatedCLIPModel:
     torch.manual_seed(seed)
-    return FederatedCLIPModel.from_config(clip_config(), num_classes, **rest)
+    return FederatedCLIPModel.from_config(clip_config(**vision or {}), num_classes, **rest)
 
 
 def wrapped(
@@ -43,11 +48,12 @@ def wrapped(
     seed: int = 0,
     num_classes: int = CLASSES,
     normalize_features: bool = True,
+    vision: dict[str, object] | None = None,
     **config: object,
 ) -> CLIPLoRAWrapper:
     """LoRA of rank 4 applied, without dropout unless `config` says otherwise."""
     settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **config}
-    base = host(seed, num_classes, normalize_features=normalize_features)
+    base = host(seed, num_classes, vision, normalize_features=normalize_features)
     wrapper = CLIPLoRAWrapper(base, LoRAConfig(**settings), components)
     wrapper.apply_lora_to_federated_model()
     return wrapper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,16 +19,25 @@ if TYPE_CHECKING:
     from models.clip import FederatedCLIPModel
 
 ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ("model", "lora", "federated")
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 TYPES = ("clip", "clip_lora")
 MODEL_KEYS = ["type", "model_name", "num_classes", "normalize_features", "freeze_vision_encoder"]
 WRAPPER_KEYS = ["enabled", "target_components"]  # of the section lora, beside LoRAConfig's
 
 
 def load_config(path: str | Path) -> SimpleNamespace:
-    """A YAML file's sections as attributes: `config.model.type`, `config.lora.r`.
+    """A YAML file's sections as attributes: `config.model.type`, `config.lora.r`; see
+    `read_sections`."""
+    sections = read_sections(path)
+    return SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in sections.items()})
+
+
+def read_sections(path: str | Path) -> dict[str, dict[str, Any]]:
+    """A YAML file's sections, by name. Numbers such as 3e-3 are numbers, as in YAML 1.2.
 
     Raises:
-        UserError: no such file, or it is no YAML with sections.
+        UserError: no such file, it is no YAML with sections, or one's name is nearly that of ours.
     """
     try:
         import yaml
@@ -36,13 +46,24 @@ def load_config(path: str | Path) -> SimpleNamespace:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no configuration {path}; configs/clip_lora.yaml is an example.")
+
+    class Loader(yaml.SafeLoader):
+        """With a rule of its own."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(one, dict) for one in found.values()):
-        raise UserError(f"{path} has to consist of sections: model, lora.")
-    return SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in found.items()})
+        raise UserError(f"{path} has to consist of sections: {', '.join(SECTIONS)}.")
+    for name in [*found, *(key for part in found.values() for key in part)]:
+        if not isinstance(name, str):
+            raise UserError(f"{path}: {name!r} is no name; put it in quotes if it is meant to be.")
+    for name in found:
+        if name not in SECTIONS and (meant := did_you_mean(name, SECTIONS)):
+            raise UserError(f"{path}: there is no section '{name}'.{meant}")
+    return found
 
 
 def create_model(config: Any) -> FederatedCLIPModel | CLIPLoRAWrapper:
@@ -77,7 +98,7 @@ def create_model(config: Any) -> FederatedCLIPModel | CLIPLoRAWrapper:
             f"There are: {', '.join(TYPES)}."
         )
     check_keys(MODEL_KEYS, model, "model")
-    _check_lora(lora)
+    _check(model, lora)
     host = _host(model)
     if kind == "clip" or not lora.get("enabled", True):
         return host
@@ -102,9 +123,14 @@ def _host(model: Mapping[str, Any]) -> FederatedCLIPModel:
     return host
 
 
-def _check_lora(lora: Mapping[str, Any]) -> None:
+def _check(model: Mapping[str, Any], lora: Mapping[str, Any]) -> None:
+    """Before weights are loaded, which may take long."""
+    from lora.clip_wrapper import components_of
     from lora.config import RULES, LoRAConfig
+    from models.clip import check_model_arguments
 
+    check_model_arguments(model, "model")
+    components_of(lora.get("target_components", ["encoder"]))
     check_keys([one.name for one in fields(LoRAConfig)] + WRAPPER_KEYS, lora, "lora")
     check_values({**RULES, "enabled": flag()}, lora, "lora")
 

@@ -18,6 +18,7 @@ from library.optim.arguments import (
     whole_number,
 )
 from library.training.errors import UserError
+from utils.model_factory import read_sections
 
 from .aggregation import AGGREGATIONS
 
@@ -97,16 +98,20 @@ class Settings:
 
     @classmethod
     def of_file(cls, path: Path, **given: Any) -> Settings:
-        """A file's settings, with those that are `given` and not None over them.
+        """A file's settings, with those that are `given` and not None over them. Another optimizer
+        than the file's comes without the `optimizer_args` that are meant for that one.
 
         Raises:
             UserError: no such file, or it cannot be read; OptimizerArgumentError: see the class.
         """
-        sections = read_yaml(path)
-        own = dict(sections.pop("federated", None) or {})
+        sections = read_sections(path)
+        own = dict(sections.pop("federated", {}))
         check_keys(
             [one.name for one in fields(cls) if one.name != "model"], own, f"{path}: federated"
         )
+        own.setdefault("optimizer", cls.optimizer)
+        if given.get("optimizer") not in (None, own["optimizer"]):
+            own.pop("optimizer_args", None)
         own |= {name: value for name, value in given.items() if value is not None}
         model = {name: dict(section) for name, section in sections.items()}
         if own.get("aggregation") == "frozen_a":
@@ -130,22 +135,3 @@ class Settings:
     def but(self, **changed: Any) -> Settings:
         """The same, with some set otherwise."""
         return replace(self, **changed)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file.
-
-    Raises:
-        UserError: it is not there, or is no YAML with sections; says where.
-    """
-    import yaml
-
-    if not path.is_file():
-        raise UserError(f"There is no file {path}. The default is {DEFAULT_CONFIG}.")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(one, dict) for one in found.values()):
-        raise UserError(f"{path} has to consist of sections: model, lora, federated.")
-    return found
