@@ -22,8 +22,7 @@ from lora.config import LoRAConfig
 
 def check_dependencies() -> str:
     """The packages that LoRA needs."""
-    import peft  # noqa: F401
-    import transformers  # noqa: F401
+    import lora.clip_wrapper  # noqa: F401  # says what is missing, and what to install
 
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "transformers"))
 
