@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from federated_runs import QUICK
@@ -15,10 +18,11 @@ from PIL import Image
 
 from library.training.errors import UserError
 from lora.federated import __main__ as command
-from lora.federated.client import FederatedClient, seed_of
+from lora.federated.client import FederatedClient, seed_of, serve
 from lora.federated.journal import STATE, Journal, Round
 from lora.federated.report import draw
 from lora.federated.roster import Roster
+from lora.federated.server import FederatedServer
 from lora.federated.settings import DEFAULT_CONFIG, Settings
 from lora.federated.strategy import Rounds, problem_of
 from lora.federated.wire import Traffic
@@ -35,10 +39,12 @@ def settings(**given: Any) -> Settings:
 
 
 class Proxy:
-    """One of Flower's clients, as the roster sees it."""
+    """One of Flower's clients, as the roster sees it; `given` settings are its own."""
 
-    def __init__(self, cid: str, name: str = "", fingerprint: str = "same") -> None:
-        self.cid, self.told = cid, {"name": name or cid, "fingerprint": fingerprint}
+    def __init__(self, cid: str, name: str = "", fingerprint: str = "same", **given: Any) -> None:
+        agreed = json.dumps(settings(**given).agreed())
+        self.cid = cid
+        self.told = {"name": name or cid, "fingerprint": fingerprint, "settings": agreed}
 
     def get_properties(self, *_: Any) -> Any:
         return SimpleNamespace(properties=self.told)
@@ -63,17 +69,18 @@ class Wire:
 
 
 class Model:
-    """A server's model that takes anything."""
+    """A server's model that takes anything; its loss is NaN from a million on."""
 
     def set_parameters(self, arrays: Any) -> None:
         self.arrays = arrays
 
     def evaluate(self, *_: Any) -> dict[str, float]:
-        return {"loss": 1.0, "accuracy": 0.5}
+        largest = max(float(np.abs(array).max()) for array in self.arrays)
+        return {"loss": 1.0 if largest < 1e6 else math.nan, "accuracy": 0.5}
 
 
-def roster(*proxies: Proxy) -> Roster:
-    made = Roster(Wire(), "same")  # type: ignore[arg-type]
+def roster(*proxies: Proxy, chosen: Settings | None = None) -> Roster:
+    made = Roster(Wire(), "same", chosen or settings())  # type: ignore[arg-type]
     for proxy in proxies:
         made.register(proxy)  # type: ignore[arg-type]
     return made
@@ -85,10 +92,11 @@ def answer(arrays: list[np.ndarray], pictures: int = 10) -> FitRes:
 
 
 def rounds(folder: Path, chosen: Settings, *names: str) -> tuple[Rounds, list[Proxy]]:
-    proxies = [Proxy(name) for name in names]
+    proxies = [Proxy(name, clients=chosen.clients) for name in names]
+    known = roster(*proxies, chosen=chosen)
     journal = Journal.of_folder(folder, chosen, tensors())
     none = SimpleNamespace(images=None, labels=None)
-    made = Rounds(chosen, Model(), none, roster(*proxies), journal)  # type: ignore[arg-type]
+    made = Rounds(chosen, Model(), none, known, journal)  # type: ignore[arg-type]
     begun = made.initialize_parameters(made.roster)
     assert begun is not None
     made.evaluate(0, begun)
@@ -108,6 +116,7 @@ WRONG = [
     (lambda a: [a[0], a[1], a[2] + np.float32("inf")], "'classifier.bias' holds NaN or infinity"),
     (lambda a: [a[0].astype(np.int64), *a[1:]], "int64 instead of floating-point"),
     (lambda a: [], "0 of 3 tensors"),
+    (lambda a: [a[0], a[1].astype(np.float64) * 1e300, a[2]], "'m.lora_B.weight' holds NaN or inf"),
 ]
 
 
@@ -159,32 +168,141 @@ def test_means_are_weighted_by_pictures(tmp_path):
     assert made.journal.rounds[-1].clients["client-0"]["pictures"] == 30
 
 
-def test_differential_privacy_clips_and_adds_noise(tmp_path):
-    """Flower's: each change is cut to the norm `dp_clip`; noise is `dp_noise`·`dp_clip`/clients."""
-    chosen = settings(clients=2, dp_noise=0.5, dp_clip=2.0)
+def test_an_answer_that_spoils_the_model_is_named_and_left_out(tmp_path):
+    names = ["client-0", "client-1", "client-2"]
+    made, proxies = rounds(tmp_path, settings(clients=3), *names)
+    arrays = [list(tensors(value).values()) for value in (1.0, 1e9, 3.0)]
+    results = [(proxy, answer(each)) for proxy, each in zip(proxies, arrays, strict=True)]
+    averaged, _ = made.aggregate_fit(1, results, [])  # type: ignore[arg-type]
+    assert all((array == 2.0).all() for array in parameters_to_ndarrays(averaged))
+    assert made.now.left_out == {"client-1": "with its answer the loss is not finite"}
+    made.evaluate(1, averaged)
+    assert made.journal.rounds[-1].clients.keys() == {"client-0", "client-2"}
+
+
+def test_a_round_without_a_sound_answer_leaves_the_adapter_as_it_was(tmp_path):
+    made, proxies = rounds(tmp_path, settings(clients=1), "client-0")
+    results = [(proxies[0], answer(list(tensors(1e9).values())))]
+    assert made.aggregate_fit(1, results, [])[0] is None  # type: ignore[arg-type]
+    made.evaluate(1, made.initialize_parameters(made.roster))
+    last = made.journal.rounds[-1]
+    assert (last.number, last.clients, last.product_error) == (1, {}, None)
+    assert all((array == 0.0).all() for array in made.journal.tensors.values())
+    told = json.loads((tmp_path / "history.json").read_text(), parse_constant=pytest.fail)
+    assert len(told["rounds"]) == 2
+
+
+@pytest.mark.parametrize("aggregation", ["fedavg", "product"])
+@pytest.mark.parametrize("dtype", [np.float64, np.longdouble])
+def test_what_travels_keeps_its_type(tmp_path, aggregation, dtype):
+    chosen = settings(clients=2, aggregation=aggregation)
     made, proxies = rounds(tmp_path, chosen, "client-0", "client-1")
-    arrays = list(tensors(100.0).values())
-    results = [(proxies[0], answer(arrays, 1)), (proxies[1], answer(arrays, 1000))]
+    given = [array.astype(dtype) for array in tensors(3.0).values()]
+    results = [(proxy, answer(given)) for proxy in proxies]
+    averaged, _ = made.aggregate_fit(1, results, [])  # type: ignore[arg-type]
+    arrays = parameters_to_ndarrays(averaged)
+    assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
+    a, b, head = arrays
+    np.testing.assert_allclose(b @ a, np.full((50, 30), 36.0), rtol=1e-5)
+    assert (head == 3.0).all()
+
+
+def test_a_frozen_a_that_has_changed_is_its_clients_problem(tmp_path):
+    chosen = settings(clients=2, aggregation="frozen_a")
+    made, proxies = rounds(tmp_path, chosen, "client-0", "client-1")
+    good = tensors(3.0) | {"m.lora_A.weight": tensors()["m.lora_A.weight"]}
+    results = [
+        (proxies[0], answer(list(good.values()))),
+        (proxies[1], answer(list(tensors(1.0).values()))),
+    ]
+    averaged, _ = made.aggregate_fit(1, results, [])  # type: ignore[arg-type]
+    assert (parameters_to_ndarrays(averaged)[1] == 3.0).all()
+    assert made.now.left_out == {
+        "client-1": "'m.lora_A.weight' is not the server's, though A is frozen"
+    }
+
+
+def test_a_client_may_tell_anything_of_its_training(tmp_path):
+    made, proxies = rounds(tmp_path, settings(clients=1), "client-0")
+    told = answer(list(tensors(1.0).values()))
+    told.metrics = {"device": "H100", "pictures": -1, "epochs": 2, "loss": math.nan}
+    averaged, _ = made.aggregate_fit(1, [(proxies[0], told)], [])  # type: ignore[arg-type]
+    made.evaluate(1, averaged)
+    assert made.journal.rounds[-1].clients["client-0"] == {"pictures": 10, "epochs": 2}
+
+
+def test_differential_privacy_clips_and_counts_alike(tmp_path):
+    """Flower's: each change is cut to the norm `dp_clip`, whatever its number of pictures."""
+    chosen = settings(clients=2, dp_noise=1e-4, dp_clip=2.0)
+    made, proxies = rounds(tmp_path, chosen, "client-0", "client-1")
+    up, down = (list(tensors(value).values()) for value in (100.0, -1e-3))
+    results = [(proxies[0], answer(up, 1)), (proxies[1], answer(down, 1000))]
     averaged, _ = made.aggregate_fit(1, results, [])  # type: ignore[arg-type]
     numbers = np.concatenate([array.ravel() for array in parameters_to_ndarrays(averaged)])
-    mean = 2.0 / math.sqrt(numbers.size)
-    assert numbers.mean() == pytest.approx(mean, abs=4 * 0.5 / math.sqrt(numbers.size))
+    expected = (2.0 / math.sqrt(numbers.size) - 1e-3) / 2  # the second is within the norm
+    assert numbers.mean() == pytest.approx(expected, abs=1e-4)
+    made.evaluate(1, averaged)
+    assert made.journal.rounds[-1].product_error is None, "noise is in none of what was compared"
+
+
+def test_differential_privacy_adds_noise(tmp_path):
+    """Of `dp_noise`·`dp_clip`/clients."""
+    chosen = settings(clients=2, dp_noise=0.5, dp_clip=2.0)
+    made, proxies = rounds(tmp_path, chosen, "client-0", "client-1")
+    results = [(proxy, answer(list(tensors(100.0).values()))) for proxy in proxies]
+    averaged, _ = made.aggregate_fit(1, results, [])  # type: ignore[arg-type]
+    numbers = np.concatenate([array.ravel() for array in parameters_to_ndarrays(averaged)])
     assert numbers.std() == pytest.approx(0.5, rel=0.15)
     made.evaluate(1, averaged)
     assert all(array.dtype == np.float32 for array in made.journal.tensors.values())
 
 
-def test_a_roster_knows_names_and_refuses_strangers():
+def test_differential_privacy_leaves_out_what_has_not_changed(tmp_path):
+    chosen = settings(clients=2, dp_noise=1e-4)
+    made, proxies = rounds(tmp_path, chosen, "client-0", "client-1")
+    results = [
+        (proxies[0], answer(list(tensors().values()))),
+        (proxies[1], answer(list(tensors(1.0).values()))),
+    ]
+    assert made.aggregate_fit(1, results, [])[0] is not None  # type: ignore[arg-type]
+    assert "has sent back what it got" in made.now.left_out["client-0"]
+
+
+def test_a_roster_knows_names_and_refuses_strangers(caplog):
     known = roster(Proxy("1", "client-1"), Proxy("2", "client-0"), Gone("3", "client-2"))
     assert list(known.present()) == ["client-0", "client-1"]
     known.register(Proxy("4", "client-1"))  # type: ignore[arg-type]
     assert known.present()["client-1"].cid == "4", "of two connections the newer"
+    assert known.present()
+    assert caplog.text.count("client-1 is there twice") == 1
+    assert caplog.text.count("left before it told its name") <= 1, "and is not asked again"
     known.register(Proxy("5", "client-3", "another model"))  # type: ignore[arg-type]
     assert "client-3" not in known.present()
     assert "another base model" in known.refused["client-3"]
-    known.relay.moved = {cid: Traffic(10, 1) for cid in "1245"}  # type: ignore[attr-defined]
-    assert known.traffic()["client-1"] == Traffic(20, 2), "both its connections"
+    known.register(Proxy("6", "client-1", "another model"))  # type: ignore[arg-type]
+    assert known.present()["client-1"].cid == "4", "a stranger by its name does not drive it out"
+    assert "client-1" not in known.refused
+    known.unregister(known.clients["4"])
+    known.unregister(known.clients["1"])
+    assert "client-1" not in known.present(), "nor does it come in when that has left"
+    known.relay.moved = {cid: Traffic(10, 1) for cid in "12456"}  # type: ignore[attr-defined]
+    assert known.traffic()["client-1"] == Traffic(30, 3), "all its connections"
     assert known.traffic()["client-1"] == Traffic(0, 0), "since it was last asked"
+
+
+def test_clients_with_other_settings_are_refused():
+    known = roster(Proxy("1", "client-1", clients=8, epochs=9), Proxy("2", "client-4"))
+    wordless = Proxy("3", "client-2")
+    del wordless.told["settings"]
+    known.register(wordless)  # type: ignore[arg-type]
+    assert known.present() == {}
+    assert (
+        "clients is 8 there and 4 here; epochs is 9 there and 1 here" in known.refused["client-1"]
+    )
+    assert known.refused["client-4"] == "the run has 4 clients, of which it is none"
+    assert "seed is None there and 0 here" in known.refused["client-2"]
+    known.register(Proxy("4", "client-1", rounds=99, aggregation="product"))  # type: ignore[arg-type]
+    assert known.present()["client-1"].cid == "4", "these are the server's matter"
 
 
 def test_a_journal_is_gone_on_from_or_refused(tmp_path):
@@ -204,7 +322,113 @@ def test_a_journal_is_gone_on_from_or_refused(tmp_path):
         Journal.of_folder(tmp_path / "run", chosen, {"m": np.zeros(3)})
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_kill_between_its_files_loses_no_round(tmp_path, monkeypatch, at):
+    chosen, calls = settings(), []
+    journal = Journal.of_folder(tmp_path, chosen, tensors())
+    journal.rounds.append(Round(1, 0.5, 1.0))
+    journal.save()
+    replace = os.replace
+
+    def killed(old: Path, new: Path) -> None:
+        calls.append(new)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", killed)
+    journal.tensors, journal.rounds = tensors(2.0), [*journal.rounds, Round(2, 0.6, 0.9)]
+    with pytest.raises(KeyboardInterrupt):
+        journal.save()
+    monkeypatch.undo()
+    again = Journal.of_folder(tmp_path, chosen, tensors())
+    assert again.last == at, "either the old adapter and its rounds, or the new"
+    assert all((array == (2.0 if at == 2 else 0.0)).all() for array in again.tensors.values())
+
+
+@pytest.mark.parametrize("spoil", ["tensor", "loss"])
+def test_nan_is_never_written(tmp_path, spoil):
+    journal = Journal.of_folder(tmp_path, settings(), tensors())
+    journal.save()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    if spoil == "tensor":
+        journal.tensors["m.lora_B.weight"][3, 2] = np.nan
+    else:
+        journal.rounds.append(Round(1, 0.5, math.nan))
+    with pytest.raises(ValueError, match=r"'m\.lora_B\.weight' holds NaN|not JSON compliant"):
+        journal.save()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_is_no_run_is_told(tmp_path):
+    (tmp_path / STATE).write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"is not what a run has written .* --output"):
+        Journal.of_folder(tmp_path, settings(), tensors())
+    with pytest.raises(UserError, match="is no folder"):
+        Journal.of_folder(tmp_path / STATE, settings(), tensors())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--optimizer=Foo"], "Foo"),
+        (["--clients=2000"], "pictures"),
+        (["--patience=nan"], "invalid seconds value: 'nan'"),
+        (["--patience=0"], "invalid seconds value: '0'"),
+    ],
+)
+def test_what_would_fail_in_every_client_fails_before_they_come(tmp_path, words, told, capsys):
+    try:
+        code = command.main(["server", f"--output={tmp_path / 'run'}", *words])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    assert code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_which_nobody_trained_has_failed(tmp_path, monkeypatch, capsys):
+    def nobody(server: FederatedServer) -> Journal:
+        server.journal.rounds = [Round(0, 0.1, 2.0), Round(1, 0.1, 2.0, left_out={"client-0": "?"})]
+        return server.journal
+
+    monkeypatch.setattr(FederatedServer, "run", nobody)
+    tmp_path.joinpath("run").mkdir()
+    assert command.main(["server", f"--output={tmp_path / 'run'}"]) == 2
+    told = capsys.readouterr()
+    assert "No client has trained" in told.err
+    assert "less" not in told.out
+
+
+def test_patience_is_counted_from_the_last_contact(monkeypatch):
+    class Unavailable(grpc.RpcError):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.UNAVAILABLE
+
+    now, tries = [0.0], []
+    client = SimpleNamespace(to_client=lambda: None)
+
+    def silent(**_: Any) -> None:
+        tries.append(now[0])
+        now[0] += 20.0  # a blocked attempt
+        if len(tries) == 2:
+            client.heard = now[0]
+        raise Unavailable
+
+    monkeypatch.setattr("lora.federated.client.start_client", silent)
+    monkeypatch.setattr(
+        "lora.federated.client.time",
+        SimpleNamespace(
+            monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)
+        ),
+    )
+    with pytest.raises(Unavailable):
+        serve(client, "here:1", None, patience=30.0)
+    assert tries == [0.0, 21.0, 42.0, 63.0]
+
+
 BAD_SETTINGS = [
+    ({"optimizer_args": 5}, r"optimizer_args must be names and values"),
     ({"clients": 0}, r"clients=0 is not possible"),
     ({"aggregation": "fedavgg"}, r"did you mean 'fedavg'"),
     ({"min_clients": 5}, r"min_clients=5 is more than clients=4"),

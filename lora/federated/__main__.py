@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, default=Path("output/federated"), help="the run's folder")
     p.add_argument("--address", help="host:port of the server (default: loopback)")
     p.add_argument("--number", type=int, help="which client this is, from 0")
-    p.add_argument("--patience", type=float, default=60.0, help="seconds to look for the server")
+    p.add_argument("--patience", type=seconds, default=60.0, help="seconds to look for the server")
     run = p.add_argument_group("over the file's `federated` section")
     run.add_argument("--clients", type=int)
     run.add_argument("--rounds", type=int)
@@ -69,6 +70,14 @@ def parser() -> argparse.ArgumentParser:
     tls.add_argument("--tls_certificate", type=Path, help="the server's")
     tls.add_argument("--tls_key", type=Path, help="the server's")
     return p
+
+
+def seconds(text: str) -> float:
+    """A positive number."""
+    value = float(text)
+    if not 0 < value < inf:
+        raise ValueError
+    return value
 
 
 SETTINGS = (
@@ -140,6 +149,8 @@ def run(options: argparse.Namespace) -> int:
     settings = Settings.of_file(config, **given)
     if options.role == "client":
         return run_client(settings, options)
+    from library.training.errors import UserError
+
     from .report import tell
     from .server import FederatedServer
 
@@ -152,6 +163,7 @@ def run(options: argparse.Namespace) -> int:
     if not server.rounds_left:
         logger.info("all %d rounds are done already; name another --output", settings.rounds)
         journal = server.journal
+        journal.save()  # the history, too: a kill may have come between the two files
     elif options.role == "server":
         with server:
             journal = server.run()
@@ -163,6 +175,8 @@ def run(options: argparse.Namespace) -> int:
         with server, clients_beside(server, forwarded):
             journal = server.run()
     tell(journal, server.full_bytes)
+    if not any(one.clients for one in journal.rounds):
+        raise UserError("No client has trained in any round; the log says why.")
     return 0
 
 
@@ -176,6 +190,7 @@ def run_client(settings: Settings, options: argparse.Namespace) -> int:
 
     if options.address is None or options.number is None:
         raise UserError("A client needs --address (of the server) and --number (from 0).")
+    address_of(options.address)
     if not 0 <= options.number < settings.clients:
         raise UserError(f"--number {options.number}: the clients are 0 to {settings.clients - 1}.")
     authority = options.tls_ca

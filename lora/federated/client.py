@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from typing import Any
@@ -21,6 +22,7 @@ from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
+MESSAGE = 2**31 - 1  # bytes, as many as gRPC can send; a whole CLIP has more than Flower's 512 MB
 PAUSE = 1.0  # seconds between attempts to reach the server
 
 
@@ -40,6 +42,7 @@ class FederatedClient(NumPyClient):
     ) -> None:
         self.settings, self.number, self.model, self.pictures = settings, number, model, pictures
         self.fingerprint = model.fingerprint()
+        self.heard = time.monotonic()  # when the server last asked for something
 
     @classmethod
     def of(cls, settings: Settings, number: int) -> FederatedClient:
@@ -56,8 +59,13 @@ class FederatedClient(NumPyClient):
         return name_of(self.number)
 
     def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Who it is, and a fingerprint of all that it does not send."""
-        return {"name": self.name, "fingerprint": self.fingerprint}
+        """Who it is, a fingerprint of all that it does not send, and its settings."""
+        self.heard = time.monotonic()
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "settings": json.dumps(self.settings.agreed()),
+        }
 
     def get_parameters(self, config: dict[str, Any]) -> list[np.ndarray]:
         return self.model.get_parameters()
@@ -67,7 +75,7 @@ class FederatedClient(NumPyClient):
     ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
         """Train from the server's adapter; `config` has the number of the `round`."""
         self.model.set_parameters(parameters)
-        self.model.configure_optimizer(self._make_optimizer)
+        self.model.configure_optimizer(self.make_optimizer)
         torch.manual_seed(seed_of(self.settings.seed, self.name, int(config["round"])))
         started = time.monotonic()
         losses = [
@@ -75,6 +83,9 @@ class FederatedClient(NumPyClient):
             for _ in range(self.settings.epochs)
             for batch in self._batches()
         ]
+        if hasattr(self._optimizer, "eval"):  # of those that train elsewhere than where they are
+            self._optimizer.eval()
+        self.heard = time.monotonic()
         loss = float(np.mean(losses))
         logger.info("%s: round %s, loss %.4f", self.name, config["round"], loss)
         seconds = time.monotonic() - started
@@ -92,12 +103,17 @@ class FederatedClient(NumPyClient):
         order = torch.randperm(len(self.pictures))
         return [self.pictures[part] for part in order.split(self.settings.batch_size)]
 
-    def _make_optimizer(self, named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    def make_optimizer(self, named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        """That of the settings.
+
+        Raises:
+            ValueError, UserError: an unknown one, or impossible arguments.
+        """
         arguments = dict(self.settings.optimizer_args)
-        made = create_optimizer(
+        self._optimizer: Any = create_optimizer(
             self.settings.optimizer, named, self.settings.learning_rate, arguments
-        )
-        return made[2]
+        )[2]
+        return self._optimizer
 
 
 def name_of(number: int) -> str:
@@ -111,7 +127,14 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def serve(client: NumPyClient, address: str, certificate: bytes | None, patience: float) -> None:
+def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """What an optimizer gets."""
+    return [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+
+
+def serve(
+    client: FederatedClient, address: str, certificate: bytes | None, patience: float
+) -> None:
     """Answer the server until it says that the run is over.
 
     A server that does not answer is tried again, for `patience` seconds after the last contact: it
@@ -120,21 +143,19 @@ def serve(client: NumPyClient, address: str, certificate: bytes | None, patience
     Raises:
         RpcError: no server for that long.
     """
-    lost = time.monotonic()
+    client.heard = time.monotonic()
     while True:
-        began = time.monotonic()
         try:
             start_client(
                 server_address=address,
                 client=client.to_client(),
                 insecure=certificate is None,
                 root_certificates=certificate,
+                grpc_max_message_length=MESSAGE,
             )
             return
         except RpcError as error:
-            if time.monotonic() - began > 2 * PAUSE:  # there was a connection
-                lost = time.monotonic()
-            if time.monotonic() - lost > patience:
+            if time.monotonic() - client.heard > patience:
                 raise
             logger.info("no server at %s (%s): trying again", address, error.code().name)
             time.sleep(PAUSE)

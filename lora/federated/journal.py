@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from library.training.errors import UserError
@@ -65,8 +65,15 @@ class Journal:
         return self.rounds[-1].number if self.rounds else 0
 
     def save(self) -> None:
-        """Write adapter and rounds together: killed at any moment, either the old or the new are
-        there."""
+        """Write adapter and rounds in one file: killed at any moment, either the old or the new is
+        there. The history is for reading, and written behind it.
+
+        Raises:
+            ValueError: a tensor, or what is told of a round, is not finite; nothing is written.
+        """
+        for name, array in self.tensors.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"'{name}' holds NaN or infinity, and is not saved")
         self.folder.mkdir(parents=True, exist_ok=True)
         told = {
             "settings": self.settings.as_dict(),
@@ -74,10 +81,10 @@ class Journal:
         }
         new = self.folder / f"{STATE}.new"
         arrays = {name: np.ascontiguousarray(array) for name, array in self.tensors.items()}
-        save_file(arrays, new, metadata={"federation": json.dumps(told)})
+        save_file(arrays, new, metadata={"federation": json.dumps(told, allow_nan=False)})
         os.replace(new, self.folder / STATE)
         new = self.folder / f"{HISTORY}.new"
-        new.write_text(json.dumps(told, indent=2), encoding="utf-8")
+        new.write_text(json.dumps(told, indent=2, allow_nan=False), encoding="utf-8")
         os.replace(new, self.folder / HISTORY)
 
     @classmethod
@@ -90,11 +97,19 @@ class Journal:
             UserError: it is of another run; names what differs.
         """
         file = folder / STATE
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output {folder} is no folder.")
         if not file.exists():
             return cls(folder, settings, dict(tensors))
-        with safe_open(file, "numpy") as held:
-            told: dict[str, Any] = json.loads(held.metadata()["federation"])
-            kept = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, "numpy") as held:
+                told: dict[str, Any] = json.loads(held.metadata()["federation"])
+                kept = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{file} is not what a run has written ({error}). Name another --output, or "
+                "remove that folder."
+            ) from error
         problems = settings.unlike(told["settings"])
         shapes = {name: array.shape for name, array in tensors.items()}
         if {name: array.shape for name, array in kept.items()} != shapes:

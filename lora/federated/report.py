@@ -18,7 +18,7 @@ def tell(journal: Journal, full: int) -> None:
     print(f"\naccuracy by round: {', '.join(f'{one.accuracy:.3f}' for one in journal.rounds)}")
     rounds = [one for one in journal.rounds if one.number]
     up, down = (_mean_bytes(rounds, way) for way in ("sent", "received"))
-    if full:
+    if full and up:
         print(
             f"a client and round: {up / 1e6:.3f} MB sent, {down / 1e6:.3f} MB received; the whole "
             f"model is {full / 1e6:.3f} MB: {1 - max(up, down) / full:.1%} less"

@@ -11,7 +11,8 @@ from flwr.server import ServerConfig, start_server
 
 from library.training.errors import UserError
 
-from .data import shares
+from .client import MESSAGE, FederatedClient, trainable
+from .data import dirichlet, shares
 from .journal import Journal
 from .model import lora_model
 from .roster import Roster
@@ -39,6 +40,8 @@ class Certificates:
         for path in (self.authority, self.server, self.key):
             if not path.is_file():
                 raise UserError(f"There is no certificate or key {path}.")
+            if b"-----BEGIN " not in path.read_bytes():
+                raise UserError(f"{path} is no certificate or key in PEM.")
         return self.authority.read_bytes(), self.server.read_bytes(), self.key.read_bytes()
 
 
@@ -62,10 +65,21 @@ class FederatedServer:
         self.settings = settings
         self.certificates = certificates.read() if certificates else None
         self.model = lora_model(settings)
+        self._try_out()
         self.journal = Journal.of_folder(folder, settings, self.model.adapter_state())
         self.full_bytes = 4 * self.model.count_parameters()[1]  # float32, as it travels
         self._inner = free_port()
         self.relay = Relay(address, ("127.0.0.1", self._inner))
+
+    def _try_out(self) -> None:
+        """What would fail in every client, before any is waited for: optimizer and shares.
+
+        Raises:
+            ValueError, UserError: says what is wrong.
+        """
+        settings, pictures = self.settings, shares(self.model.image_size).clients
+        dirichlet(pictures.labels, settings.clients, settings.dirichlet_alpha, settings.seed)
+        FederatedClient(settings, 0, self.model, pictures).make_optimizer(trainable(self.model))
 
     @property
     def rounds_left(self) -> int:
@@ -94,7 +108,7 @@ class FederatedServer:
         if self.journal.last:
             logger.info("going on behind round %d", self.journal.last)
         test = shares(self.model.image_size).test
-        roster = Roster(self.relay, self.model.fingerprint())
+        roster = Roster(self.relay, self.model.fingerprint(), self.settings)
         logger.info("waiting for %d clients at %s", self.settings.clients, self.address)
         try:
             start_server(
@@ -105,6 +119,7 @@ class FederatedServer:
                 strategy=Rounds(self.settings, self.model, test, roster, self.journal),
                 client_manager=roster,
                 certificates=self.certificates,
+                grpc_max_message_length=MESSAGE,
             )
         except SystemExit as stop:  # Flower's answer to Ctrl-C and SIGTERM, with status 0
             logger.warning("stopped; the same command goes on behind round %d", self.journal.last)

@@ -38,6 +38,7 @@ RULES: dict[str, Rule] = {
     "join_timeout": number(0, open_low=True),
     "dp_noise": number(0),
     "dp_clip": number(0, open_low=True),
+    "optimizer_args": Rule(lambda value: isinstance(value, Mapping), "names and values"),
 }
 _FREE_TO_CHANGE = ("rounds", "min_clients", "round_timeout", "join_timeout")
 
@@ -90,6 +91,11 @@ class Settings:
             raise UserError(
                 f"federated: min_clients={self.min_clients} is more than clients={self.clients}."
             )
+        if self.dp_noise and self.model.get("lora", {}).get("save_only_trainable") is False:
+            raise UserError(
+                "federated: differential privacy clips what is trained; with it the whole model "
+                "cannot travel (lora: save_only_trainable: false)."
+            )
         if self.dp_noise and self.aggregation == "product":
             raise UserError(
                 "federated: the noise of differential privacy is measured for a mean, and "
@@ -114,10 +120,18 @@ class Settings:
             own.pop("optimizer_args", None)
         own |= {name: value for name, value in given.items() if value is not None}
         model = {name: dict(section) for name, section in sections.items()}
-        if own.get("aggregation") == "frozen_a":
-            model.setdefault("lora", {})["freeze_a"] = True
-        model.setdefault("lora", {}).setdefault("seed", own.get("seed", 0))
+        lora = model.setdefault("lora", {})
+        lora.setdefault("seed", own.get("seed", 0))
+        if own.get("aggregation") == "frozen_a" and not lora.setdefault("freeze_a", True):
+            raise UserError(f"{path}: aggregation 'frozen_a' needs lora: freeze_a: true.")
         return cls(model=model, **own)
+
+    def agreed(self) -> dict[str, Any]:
+        """What a client and its server must have alike and no weights tell: who has which pictures,
+        and how they are trained on."""
+        own = {"model", "aggregation", "dp_noise", "dp_clip", *_FREE_TO_CHANGE}
+        shared = {name: value for name, value in self.as_dict().items() if name not in own}
+        return shared | {"lora_dropout": self.model.get("lora", {}).get("lora_dropout")}
 
     def unlike(self, earlier: Mapping[str, Any]) -> list[str]:
         """What differs from the settings of a run that is to be continued, and may not."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import inf, isfinite
 from typing import Any
 
@@ -29,6 +30,7 @@ from flwr.server.strategy import DifferentialPrivacyServerSideFixedClipping, Str
 
 from library.training.errors import UserError
 from lora.clip_wrapper import CLIPLoRAWrapper
+from models.clip import Metrics
 
 from .aggregation import AGGREGATIONS, product_error
 from .client import name_of
@@ -124,6 +126,7 @@ class Rounds(Strategy):
         self.now = Round(self.behind)
         self.asked: dict[str, str] = {}
         self.began = 0.0
+        self._measured: tuple[Parameters, Metrics] | None = None
         names = list(journal.tensors)
         self.averaging = Averaging(names, settings.aggregation, weighted=not settings.dp_noise)
         self.private: DifferentialPrivacyServerSideFixedClipping | None = None
@@ -155,7 +158,7 @@ class Rounds(Strategy):
                 f"there after {settings.join_timeout:g} s. What the rounds before gave is in "
                 f"{self.journal.folder}; the same command goes on from there."
             )
-        self.now, self.began = Round(number), time.monotonic()
+        self.now, self.began, self.averaging.error = Round(number), time.monotonic(), None
         self.asked = {proxy.cid: name for name, proxy in present.items()}
         self.now.left_out = dict(self.roster.refused)
         expected = {name_of(k) for k in range(settings.clients)}
@@ -176,18 +179,68 @@ class Rounds(Strategy):
             if problem := self._problem_of(answer):
                 self._leave_out(name, problem)
                 continue
-            sound.append((proxy, answer))
-            told = {key: float(value) for key, value in answer.metrics.items()}
-            self.now.clients[name] = {"pictures": answer.num_examples, **told}
-        if len(sound) < self.settings.min_clients:
-            logger.warning(
-                "round %d changes nothing: %d of at least %d answers are sound",
-                *(self.now.number, len(sound), self.settings.min_clients),
-            )
+            sound.append((proxy, replace(answer, parameters=self._as_kept(answer.parameters))))
+        mean = self._mean_that_works(server_round, sound)
+        if mean is None:
             return None, {}
-        if self.private is not None:
-            self.private.num_sampled_clients = len(sound)  # the mean's noise is for so many
-        return self.inner.aggregate_fit(server_round, sound, [])
+        # What a client tells of itself may be anything, if somebody else wrote it.
+        for proxy, answer in sound:
+            told = {
+                key: float(value)
+                for key, value in answer.metrics.items()
+                if isinstance(value, int | float) and isfinite(value)
+            }
+            self.now.clients[self.asked[proxy.cid]] = {**told, "pictures": answer.num_examples}
+        return mean, {}
+
+    def _mean_that_works(self, server_round: int, sound: Answers) -> Parameters | None:
+        """The average; None if there is none. Answers with which the model gives no finite loss
+        are taken out of `sound`, if the average has none."""
+        while len(sound) >= self.settings.min_clients:
+            if self.private is not None:
+                self.private.num_sampled_clients = len(sound)  # the mean's noise is for so many
+            given = [(proxy, replace(answer)) for proxy, answer in sound]  # Flower clips in place
+            mean, _ = self.inner.aggregate_fit(server_round, given, [])
+            assert mean is not None
+            mean = self._as_kept(mean)
+            if self._works(mean):
+                return mean
+            spoilt = [one for one in sound if not self._works(one[1].parameters)]
+            if not spoilt:
+                logger.warning("round %d changes nothing: its mean is not finite", self.now.number)
+                return None
+            for one in spoilt:
+                sound.remove(one)
+                self._leave_out(self.asked[one[0].cid], "with its answer the loss is not finite")
+        logger.warning(
+            "round %d changes nothing: %d of at least %d answers are sound",
+            *(self.now.number, len(sound), self.settings.min_clients),
+        )
+        return None
+
+    def _as_kept(self, parameters: Parameters) -> Parameters:
+        """In the types in which the journal keeps and the wire carries them."""
+        held = self.journal.tensors.values()
+        with np.errstate(over="ignore"):
+            arrays = [
+                array.astype(kept.dtype)
+                for array, kept in zip(parameters_to_ndarrays(parameters), held, strict=True)
+            ]
+        return ndarrays_to_parameters(arrays)
+
+    def _works(self, parameters: Parameters) -> bool:
+        """Whether the model with these has a finite loss."""
+        arrays = parameters_to_ndarrays(parameters)
+        finite = all(np.isfinite(array).all() for array in arrays)
+        return finite and isfinite(self._measure(parameters)["loss"])
+
+    def _measure(self, parameters: Parameters) -> Metrics:
+        """Loss and accuracy of the server's model with these; asked twice, measured once."""
+        if self._measured is None or self._measured[0] is not parameters:
+            self.model.set_parameters(parameters_to_ndarrays(parameters))
+            found = self.model.evaluate(self.test.images, self.test.labels)
+            self._measured = parameters, found
+        return self._measured[1]
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -204,14 +257,12 @@ class Rounds(Strategy):
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]]:
         """Accuracy on the test pictures; the end of a round, which is saved."""
-        arrays = [array.astype(np.float32) for array in parameters_to_ndarrays(parameters)]
-        self.model.set_parameters(arrays)
-        found = self.model.evaluate(self.test.images, self.test.labels)
+        found = self._measure(parameters)
         if server_round > 0 or not self.journal.rounds:
-            self._close_round(arrays, found)
+            self._close_round(parameters_to_ndarrays(parameters), found)
         return found["loss"], {"accuracy": found["accuracy"]}
 
-    def _close_round(self, arrays: list[np.ndarray], found: dict[str, float]) -> None:
+    def _close_round(self, arrays: list[np.ndarray], found: Metrics) -> None:
         now = self.now
         now.accuracy, now.loss = found["accuracy"], found["loss"]
         now.traffic = {
@@ -220,7 +271,8 @@ class Rounds(Strategy):
         }
         if now.number:
             now.seconds = time.monotonic() - self.began
-            now.product_error = self.averaging.error if now.clients else None
+            # Of a mean with noise it would tell nothing.
+            now.product_error = None if self.private or not now.clients else self.averaging.error
         self.journal.tensors = dict(zip(self.journal.tensors, arrays, strict=True))
         self.journal.rounds.append(now)
         self.journal.save()
@@ -241,7 +293,9 @@ class Rounds(Strategy):
     def _silence_of(self, cid: str) -> str:
         left, limit = self.roster.left_at(cid), self.settings.round_timeout
         if left is not None and left - self.began < limit:
-            return f"its connection was lost {left - self.began:.1f} s into the round"
+            return f"its connection was lost {max(0.0, left - self.began):.1f} s into the round"
+        if time.monotonic() - self.began < limit:
+            return "its connection was lost, or what it sent could not be read"
         return f"no answer within {limit:g} s"
 
     def _leave_out(self, name: str, problem: str) -> None:
@@ -258,7 +312,19 @@ class Rounds(Strategy):
             arrays = parameters_to_ndarrays(answer.parameters)
         except (ValueError, EOFError, OSError) as error:  # bytes that are no arrays
             return f"its answer cannot be read: {error}"
-        return problem_of(arrays, self.journal.tensors)
+        if problem := problem_of(arrays, self.journal.tensors):
+            return problem
+        same = {
+            name: np.array_equal(array, held)
+            for array, (name, held) in zip(arrays, self.journal.tensors.items(), strict=True)
+        }
+        if self.settings.aggregation == "frozen_a":
+            for name, alike in same.items():
+                if name.endswith("lora_A.weight") and not alike:
+                    return f"'{name}' is not the server's, though A is frozen"
+        if self.private is not None and all(same.values()):
+            return "it has sent back what it got, which differential privacy cannot clip"
+        return None
 
 
 def problem_of(arrays: list[np.ndarray], expected: Mapping[str, np.ndarray]) -> str | None:
@@ -288,7 +354,8 @@ def lines_of(one: Round) -> list[str]:
     ]
     for name, moved in one.traffic.items():
         told = one.clients.get(name)
-        did = f"{told['pictures']:.0f} pictures, loss {told['loss']:.3f}, " if told else ""
+        did = f"{told['pictures']:.0f} pictures, " if told else ""
+        did += f"loss {told['loss']:.3f}, " if told and "loss" in told else ""
         lines.append(
             f"  {name}: {did}sent {moved['sent']:,} bytes, received {moved['received']:,} bytes"
         )
