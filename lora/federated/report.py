@@ -19,9 +19,10 @@ def tell(journal: Journal, full: int) -> None:
     rounds = [one for one in journal.rounds if one.number]
     up, down = (_mean_bytes(rounds, way) for way in ("sent", "received"))
     if full and up:
+        less = 1 - max(up, down) / full
         print(
             f"a client and round: {up / 1e6:.3f} MB sent, {down / 1e6:.3f} MB received; the whole "
-            f"model is {full / 1e6:.3f} MB: {1 - max(up, down) / full:.1%} less"
+            f"model is {full / 1e6:.3f} MB{f': {less:.1%} less' if less > 0 else ''}"
         )
     for one in rounds:
         for name, why in one.left_out.items():
