@@ -167,7 +167,21 @@ def test_one_that_is_never_claimed_is_closed_and_the_next_admitted(
                 assert read(server, 1) == b"d"
         assert relay.traffic("one") == Traffic(4, 0)
         assert relay.total() == Traffic(9, 0)
-    assert "no client in 0 seconds" in caplog.text
+    assert "no client, after 5 bytes" in caplog.text
+
+
+def test_idle_connections_hold_nobody_up_for_long(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "QUIET", 0.3)
+    with relay_to(upstream) as relay, connect(relay) as idle, connect(relay) as client:
+        client.sendall(b"abc")
+        with upstream.accept(), upstream.accept(2.0) as server:
+            assert is_over(idle)
+            assert read(server, 3) == b"abc"
+            time.sleep(0.5)  # longer than may be kept quiet, but it has spoken
+            claim(relay, "one")
+        assert relay.traffic("one") == Traffic(3, 0)
 
 
 def test_one_that_closes_unclaimed_makes_room_at_once(upstream: Upstream) -> None:

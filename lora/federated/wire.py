@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 16  # bytes that are on their way inside the relay, for each way of a connection
 LATE = 30.0  # seconds that Flower's own port may take to open
+QUIET = 2.0  # seconds that a connection may send nothing: a client speaks first, and at once
 SETTLE = 0.2  # seconds in which Flower may still register a client whose connection has just ended
 
 
@@ -80,8 +81,8 @@ class Relay:
     Args:
         listen: host and port; port 0 takes a free one, host `::` all addresses of both kinds.
         server: host and port of Flower itself.
-        patience: seconds that a connection may take to be claimed; then it is closed, and the next
-            is admitted.
+        patience: seconds that a connection which has sent something may take to be claimed; then
+            it is closed, and the next is admitted.
 
     Raises:
         UserError: the address cannot be listened on.
@@ -205,18 +206,20 @@ class Relay:
         claimed = asyncio.create_task(connection.claimed.wait())
         self._passing.add(passing)
         passing.add_done_callback(self._passing.discard)
+        either = {"return_when": asyncio.FIRST_COMPLETED}
         try:
-            await asyncio.wait(
-                {passing, claimed}, timeout=self.patience, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait({passing, claimed}, timeout=QUIET, **either)
+            if not done and connection.traffic.sent:
+                await asyncio.wait({passing, claimed}, timeout=self.patience, **either)
             if passing.done():
                 await asyncio.wait({claimed}, timeout=SETTLE)
         finally:
             claimed.cancel()
             with self._lock:
                 nobodys, self._admitting = self._admitting is connection, None
+            sent = connection.traffic.sent
         if nobodys and not passing.done():
-            logger.warning("a connection is closed: no client in %.0f seconds", self.patience)
+            logger.warning("a connection is closed: no client, after %d bytes of it", sent)
             passing.cancel()
 
     async def _reach_server(self) -> socket.socket:
