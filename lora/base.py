@@ -122,7 +122,9 @@ class LoRAWrapper(nn.Module):
             ValueError: the configuration has become impossible.
         """
         if self._merged or self._peft:
-            raise LoRAError("LoRA was applied to this host already; once is enough.")
+            raise LoRAError(
+                "LoRA was applied to this host already; to do so again, merge it and wrap it anew."
+            )
         config, host = replace(self.lora_config), self.host
         training = host.training
         self._was_trainable = self._trainable()

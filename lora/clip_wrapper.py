@@ -10,7 +10,7 @@ from torch import nn
 
 from library.optim.spelling import did_you_mean
 from lora.base import LoRAError, LoRAWrapper
-from lora.config import LoRAConfig
+from lora.config import LoRAConfig, components_of
 from models.clip import FederatedCLIPModel
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,6 @@ PROJECTION = "clip.visual_projection"
 HEAD = "classifier"
 TEXT = ("clip.text_model.", "clip.text_projection.")  # never run for classification
 LAYERS = ("q_proj", "k_proj", "v_proj", "fc1", "fc2")
-COMPONENTS = ("encoder", "classifier")
 EXCHANGE = ("get_parameters", "set_parameters")
 
 
@@ -43,8 +42,8 @@ class CLIPLoRAWrapper(LoRAWrapper):
         target_components: some of `encoder`, `classifier`.
 
     Raises:
-        ValueError: an unknown component, `target_modules` that the host does not have or that come
-            beside `target_components`, or a host of another class.
+        ValueError: an unknown component, `target_modules` that the host does not have, or a host of
+            another class.
         LoRAError: the host has LoRA layers already.
     """
 
@@ -131,29 +130,6 @@ def _check_host(host: object) -> None:
         raise ValueError(f"LoRA here needs a FederatedCLIPModel; this is a {type(host).__name__}.")
     if EXCHANGE[0] in vars(host):
         raise LoRAError("The host has LoRA layers already: merge them, or take another host.")
-
-
-def components_of(given: Iterable[str]) -> tuple[str, ...]:
-    """Checked, and in an order of their own.
-
-    Raises:
-        ValueError: none, or an unknown one.
-    """
-    if not isinstance(given, str | list | tuple | set):
-        raise ValueError(
-            f"target_components={given!r} is not possible; it must be a list of some of "
-            f"{', '.join(COMPONENTS)}."
-        )
-    names = (given,) if isinstance(given, str) else tuple(given)
-    for name in names:
-        if name not in COMPONENTS:
-            raise ValueError(
-                f"target_components: there is no component {name!r}."
-                f"{did_you_mean(str(name), COMPONENTS)} There are: {', '.join(COMPONENTS)}."
-            )
-    if not names:
-        raise ValueError(f"target_components is empty; there are: {', '.join(COMPONENTS)}.")
-    return tuple(component for component in COMPONENTS if component in names)
 
 
 def _matching(wanted: list[str], present: list[str]) -> list[str]:

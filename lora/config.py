@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from library.optim.arguments import (
     plain,
     whole_number,
 )
+from library.optim.spelling import did_you_mean
 from library.training.errors import UserError
 from library.training.files import write_atomically
 from utils.packages import missing_package
+
+COMPONENTS = ("encoder", "classifier")  # of CLIP; the wrapper says what they are
 
 
 def _names(value: object) -> bool:
@@ -39,10 +42,7 @@ RULES: dict[str, Rule] = {
     "bias": one_of("none", "all", "lora_only"),
     "save_only_trainable": flag(),
     "freeze_a": flag(),
-    "seed": Rule(
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63,
-        "an integer from 0 to 2**63 - 1",
-    ),
+    "seed": whole_number(0, 2**63 - 1),  # torch's
 }
 
 
@@ -142,6 +142,29 @@ class LoRAConfig:
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise UserError(f"{path} has to hold names and values, such as r: 16.")
         return cls.of_dict(values, str(path))
+
+
+def components_of(given: Iterable[str]) -> tuple[str, ...]:
+    """Checked, and in an order of their own.
+
+    Raises:
+        ValueError: none, or an unknown one.
+    """
+    if not isinstance(given, str | list | tuple | set):
+        raise ValueError(
+            f"target_components={given!r} is not possible; it must be a list of some of "
+            f"{', '.join(COMPONENTS)}."
+        )
+    names = (given,) if isinstance(given, str) else tuple(given)
+    for name in names:
+        if name not in COMPONENTS:
+            raise ValueError(
+                f"target_components: there is no component {name!r}."
+                f"{did_you_mean(str(name), COMPONENTS)} There are: {', '.join(COMPONENTS)}."
+            )
+    if not names:
+        raise ValueError(f"target_components is empty; there are: {', '.join(COMPONENTS)}.")
+    return tuple(component for component in COMPONENTS if component in names)
 
 
 def _read(path: Path, as_yaml: bool) -> Any:

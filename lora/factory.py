@@ -216,7 +216,7 @@ def _describe(wrapper: CLIPLoRAWrapper) -> dict[str, Any]:
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "bias": config.bias,
-        "target_components": list(wrapper.target_components),
+        "target_components": None if config.target_modules else list(wrapper.target_components),
         "targets": sorted(wrapper.targets),
         "trainable_parameters": trainable,
         "total_parameters": total,

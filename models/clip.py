@@ -202,10 +202,12 @@ class FederatedCLIPModel(nn.Module):
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.clip.logit_scale.device)
 
+    def trainable_parameters(self) -> Named:
+        """What an optimizer gets."""
+        return [(name, tensor) for name, tensor in self.named_parameters() if tensor.requires_grad]
+
     def _current_optimizer(self) -> torch.optim.Optimizer:
-        trainable = [
-            (name, tensor) for name, tensor in self.named_parameters() if tensor.requires_grad
-        ]
+        trainable = self.trainable_parameters()
         if not trainable:
             raise RuntimeError("nothing is trainable; were LoRA's layers disabled?")
         if self._optimizer is None or not _same(trainable, self._optimized):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file
 from lora.federated.client import FederatedClient
 from lora.federated.journal import STATE
 from lora.federated.settings import DEFAULT_CONFIG, Settings
+from lora.federated.wire import free_port
 
 # One step of AdamW each costs nothing; HinaAdamW, the default, is compiled first.
 QUICK = {"optimizer": "AdamW", "epochs": 1, "batch_size": 64, "clients": 4, "rounds": 3}
@@ -38,9 +38,7 @@ def start(role: str, *arguments: str, fault: str = "", **options: Any) -> subpro
 
 
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def result(folder: Path) -> dict[str, np.ndarray]:

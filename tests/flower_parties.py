@@ -11,7 +11,6 @@ values of its own.
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from flwr.server import ServerConfig, SimpleClientManager, start_server
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
-from lora.federated.wire import Relay
+from lora.federated.wire import Relay, free_port
 
 DOWN = 400_000  # values that the server sends to each client
 
@@ -73,10 +72,9 @@ class Echo(NumPyClient):
 
 
 def serve(folder: Path, tls: bool) -> None:
-    files = ("authority.pem", "server.pem", "server.key")
+    files = ("tls_ca.pem", "tls_certificate.pem", "tls_key.pem")
     certificates = tuple((folder / name).read_bytes() for name in files) if tls else None
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     with Relay(("127.0.0.1", 0), ("127.0.0.1", port)) as relay:
         print("{}:{}".format(*relay.address), flush=True)
         strategy = Measuring(relay)

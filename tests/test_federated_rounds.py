@@ -311,7 +311,7 @@ def test_a_journal_is_gone_on_from_or_refused(tmp_path):
     journal.tensors = tensors(2.0)
     journal.rounds.append(Round(1, 0.5, 1.0, {"client-0": {"pictures": 3}}, {"client-1": "why"}))
     journal.save()
-    (tmp_path / "run" / f"{STATE}.new").write_bytes(b"killed while this was written")
+    (tmp_path / "run" / ".federation.7.tmp.safetensors").write_bytes(b"killed while it was written")
     again = Journal.of_folder(tmp_path / "run", chosen.but(rounds=9), tensors())
     assert again.rounds == journal.rounds
     assert list(again.tensors) == list(SHAPES), "in the order in which they travel"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import json
 import os
 import random
@@ -346,11 +344,13 @@ def ends(connection: socket.socket) -> bool:
 def test_each_flower_clients_bytes_are_its_own(tmp_path: Path, tls: bool) -> None:
     if tls:
         pytest.importorskip("cryptography", reason="makes the certificates of this test")
-        write_certificates(tmp_path)
+        from certificates import certificates
+
+        certificates(tmp_path)
     server = party("server", str(tmp_path), *(["tls"] if tls else []))
     assert server.stdout is not None
     address = server.stdout.readline().strip()
-    certificate = [str(tmp_path / "authority.pem")] if tls else []
+    certificate = [str(tmp_path / "tls_ca.pem")] if tls else []
     sizes = (100_000, 900_000)  # values of four bytes; the server sends 400 000
     clients = [party("client", address, str(size), *certificate) for size in sizes]
     try:
@@ -374,36 +374,3 @@ def party(*words: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1"},
     )
-
-
-def write_certificates(folder: Path) -> None:
-    """An authority of our own, and a server's certificate and key for 127.0.0.1."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    now = datetime.datetime.now(datetime.timezone.utc)
-    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("authority", "server")}
-    authority = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "authority")])
-    for name, key in keys.items():
-        alternatives = x509.SubjectAlternativeName(
-            [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        )
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]))
-            .issuer_name(authority)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(name == "authority", None), critical=True)
-            .add_extension(alternatives, critical=False)
-            .sign(keys["authority"], hashes.SHA256())
-        )
-        pem = serialization.Encoding.PEM
-        (folder / f"{name}.pem").write_bytes(certificate.public_bytes(pem))
-        private = key.private_bytes(
-            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        (folder / f"{name}.key").write_bytes(private)

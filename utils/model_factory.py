@@ -125,8 +125,7 @@ def _host(model: Mapping[str, Any]) -> FederatedCLIPModel:
 
 def _check(model: Mapping[str, Any], lora: Mapping[str, Any]) -> None:
     """Before weights are loaded, which may take long."""
-    from lora.clip_wrapper import components_of
-    from lora.config import RULES, LoRAConfig
+    from lora.config import RULES, LoRAConfig, components_of
     from models.clip import check_model_arguments
 
     check_model_arguments(model, "model")

@@ -64,12 +64,14 @@ def number(
     return Rule(holds, f"a finite number {' and '.join(bounds)}".strip())
 
 
-def whole_number(low: int) -> Rule:
-    """An integer of at least `low`."""
-    return Rule(
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low,
-        f"a whole number >= {low}",
-    )
+def whole_number(low: int, high: float = math.inf) -> Rule:
+    """An integer from `low` to `high`."""
+    upper = f" and <= {high}" if math.isfinite(high) else ""
+
+    def holds(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    return Rule(holds, f"a whole number >= {low}{upper}")
 
 
 def flag() -> Rule:

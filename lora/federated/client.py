@@ -127,11 +127,6 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """What an optimizer gets."""
-    return [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
-
-
 def serve(
     client: FederatedClient, address: str, certificate: bytes | None, patience: float
 ) -> None:

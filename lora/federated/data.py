@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.training.errors import UserError
+from utils.packages import missing_package
 
 # The small CLIP that ships with the project; tools/make_tiny_clip.py makes it.
 TINY_CLIP = Path(__file__).resolve().parents[2] / "assets" / "tiny_clip"
@@ -76,11 +77,8 @@ def digits(image_size: int) -> Pictures:
         raise UserError(f"A picture can't be {image_size} pixels wide: give at least 1.")
     try:
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "The digits come with scikit-learn, which is not installed: "
-            "pip install -r requirements-federated.txt"
-        ) from error
+    except ModuleNotFoundError as error:
+        raise missing_package(error) from error
     pixels, labels = load_digits(return_X_y=True)
     grey = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, SIDE, SIDE) / BRIGHTEST
     if image_size != SIDE:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from library.training.errors import UserError
+from library.training.files import write_atomically
 
 from .settings import Settings
 
@@ -74,18 +74,15 @@ class Journal:
         for name, array in self.tensors.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"'{name}' holds NaN or infinity, and is not saved")
-        self.folder.mkdir(parents=True, exist_ok=True)
         told = {
             "settings": self.settings.as_dict(),
             "rounds": [asdict(one) for one in self.rounds],
         }
-        new = self.folder / f"{STATE}.new"
         arrays = {name: np.ascontiguousarray(array) for name, array in self.tensors.items()}
-        save_file(arrays, new, metadata={"federation": json.dumps(told, allow_nan=False)})
-        os.replace(new, self.folder / STATE)
-        new = self.folder / f"{HISTORY}.new"
-        new.write_text(json.dumps(told, indent=2, allow_nan=False), encoding="utf-8")
-        os.replace(new, self.folder / HISTORY)
+        metadata = {"federation": json.dumps(told, allow_nan=False)}
+        text = json.dumps(told, indent=2, allow_nan=False)
+        write_atomically(self.folder / STATE, lambda to: save_file(arrays, to, metadata))
+        write_atomically(self.folder / HISTORY, lambda to: _write_text(to, text))
 
     @classmethod
     def of_folder(
@@ -121,3 +118,7 @@ class Journal:
             )
         ordered = {name: kept[name] for name in tensors}
         return cls(folder, settings, ordered, [Round(**one) for one in told["rounds"]])
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

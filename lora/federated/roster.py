@@ -87,10 +87,6 @@ class Roster(SimpleClientManager):
                 return found
             time.sleep(0.05)
 
-    def name(self, cid: str) -> str:
-        """What the client of a connection is called."""
-        return self._names[cid]
-
     def left_at(self, cid: str) -> float | None:
         """When a connection ended, on the monotonic clock."""
         return self._left.get(cid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +10,14 @@ from flwr.server import ServerConfig, start_server
 
 from library.training.errors import UserError
 
-from .client import MESSAGE, FederatedClient, trainable
+from .client import MESSAGE, FederatedClient
 from .data import dirichlet, shares
 from .journal import Journal
 from .model import lora_model
 from .roster import Roster
 from .settings import Settings
 from .strategy import Rounds
-from .wire import Relay
+from .wire import Relay, free_port
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,9 @@ class FederatedServer:
         """
         settings, pictures = self.settings, shares(self.model.image_size).clients
         dirichlet(pictures.labels, settings.clients, settings.dirichlet_alpha, settings.seed)
-        FederatedClient(settings, 0, self.model, pictures).make_optimizer(trainable(self.model))
+        FederatedClient(settings, 0, self.model, pictures).make_optimizer(
+            self.model.trainable_parameters()
+        )
 
     @property
     def rounds_left(self) -> int:
@@ -125,10 +126,3 @@ class FederatedServer:
             logger.warning("stopped; the same command goes on behind round %d", self.journal.last)
             raise SystemExit(130) from stop
         return self.journal
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

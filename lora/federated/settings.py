@@ -29,7 +29,7 @@ RULES: dict[str, Rule] = {
     "rounds": whole_number(1),
     "aggregation": one_of(*AGGREGATIONS),
     "dirichlet_alpha": number(0, open_low=True),
-    "seed": whole_number(0),
+    "seed": whole_number(0, 2**32 - 1),  # NumPy's
     "learning_rate": number(0, open_low=True),
     "batch_size": whole_number(1),
     "epochs": whole_number(1),

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from math import inf, isfinite
-from typing import Any
+from math import isfinite
 
 import numpy as np
 from flwr.common import (
     Code,
-    EvaluateIns,
     FitIns,
     FitRes,
     Parameters,
@@ -32,7 +30,7 @@ from library.training.errors import UserError
 from lora.clip_wrapper import CLIPLoRAWrapper
 from models.clip import Metrics
 
-from .aggregation import AGGREGATIONS, product_error
+from .averaging import Answers, Averaging, Failures, ServerEvaluates
 from .client import name_of
 from .data import Pictures
 from .journal import Journal, Round
@@ -41,70 +39,8 @@ from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Answers = list[tuple[ClientProxy, FitRes]]
-Failures = list[tuple[ClientProxy, FitRes] | BaseException]
 
-
-class Averaging(Strategy):
-    """Averages sound answers by one of `AGGREGATIONS`.
-
-    Args:
-        names: of the tensors, in the order in which they travel.
-        weighted: by numbers of pictures; else all alike, for which noise is calibrated.
-
-    Attributes:
-        invited: the clients of the next round, and its number: `Rounds` sets them.
-        error: the last round's `product_error`; None where no pairs travel whole.
-    """
-
-    def __init__(self, names: Sequence[str], aggregation: str, weighted: bool) -> None:
-        self.names, self.weighted = list(names), weighted
-        self.combine = AGGREGATIONS[aggregation]
-        self.has_pairs = any(name.endswith("lora_A.weight") for name in names)
-        self.invited: tuple[list[ClientProxy], int] = ([], 0)
-        self.error: float | None = None
-
-    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
-        return None
-
-    def configure_fit(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, FitIns]]:
-        proxies, number = self.invited
-        return [(proxy, FitIns(parameters, {"round": number})) for proxy in proxies]
-
-    def aggregate_fit(
-        self, server_round: int, results: Answers, failures: Failures
-    ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        updates = [
-            (
-                float(answer.num_examples) if self.weighted else 1.0,
-                dict(zip(self.names, parameters_to_ndarrays(answer.parameters), strict=True)),
-            )
-            for _, answer in results
-        ]
-        combined = self.combine(updates)
-        error = product_error(updates, combined) if self.has_pairs else inf
-        self.error = error if isfinite(error) else None  # infinite: the mean is zero
-        return ndarrays_to_parameters([combined[name] for name in self.names]), {}
-
-    def configure_evaluate(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, EvaluateIns]]:
-        return []
-
-    def aggregate_evaluate(
-        self, server_round: int, results: Any, failures: Any
-    ) -> tuple[float | None, dict[str, Scalar]]:
-        return None, {}
-
-    def evaluate(
-        self, server_round: int, parameters: Parameters
-    ) -> tuple[float, dict[str, Scalar]] | None:
-        return None
-
-
-class Rounds(Strategy):
+class Rounds(ServerEvaluates):
     """The rounds of a run, from the journal's last one on.
 
     Args:
@@ -241,17 +177,6 @@ class Rounds(Strategy):
             found = self.model.evaluate(self.test.images, self.test.labels)
             self._measured = parameters, found
         return self._measured[1]
-
-    def configure_evaluate(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, EvaluateIns]]:
-        """Nobody: the server has test pictures of its own, and sending costs."""
-        return []
-
-    def aggregate_evaluate(
-        self, server_round: int, results: Any, failures: Any
-    ) -> tuple[float | None, dict[str, Scalar]]:
-        return None, {}
 
     def evaluate(
         self, server_round: int, parameters: Parameters
